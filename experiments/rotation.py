@@ -1,0 +1,9 @@
+"""`python -m experiments.rotation --help`"""
+
+import sys
+
+import rotjax
+from experiments.command import main
+
+if __name__ == "__main__":
+    sys.exit(main(rotjax.Rotation))

@@ -1,0 +1,30 @@
+"""Self-supervised rotation prediction (RotNet) and transfer from it, in JAX."""
+
+from rotjax import checkpoints as checkpoints
+from rotjax import data as data
+from rotjax import rotation as rotation
+from rotjax.data.batches import read as read
+from rotjax.data.batches import test_batches as test_batches
+from rotjax.data.batches import train_batches as train_batches
+from rotjax.data.sources import Dataset as Dataset
+from rotjax.models import BACKBONES as BACKBONES
+from rotjax.models import Classifier as Classifier
+from rotjax.models import create as create
+from rotjax.optim import adamw as adamw
+from rotjax.optim import piecewise as piecewise
+from rotjax.recipe import Classification as Classification
+from rotjax.recipe import Recipe as Recipe
+from rotjax.recipe import Rotation as Rotation
+from rotjax.run import load as load
+from rotjax.run import plan as plan
+from rotjax.run import run as run
+from rotjax.training import TrainState as TrainState
+from rotjax.training import eval_step as eval_step
+from rotjax.training import evaluate as evaluate
+from rotjax.training import fit as fit
+from rotjax.training import init_state as init_state
+from rotjax.training import init_variables as init_variables
+from rotjax.training import place as place
+from rotjax.training import train_step as train_step
+from rotjax.transfer import graft as graft
+from rotjax.transfer import part as part

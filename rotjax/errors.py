@@ -1,0 +1,41 @@
+"""What a caller can cause: one line that says what is wrong, where, and what to do; commands exit with `exit_code`."""
+
+
+class RotjaxError(Exception):
+    exit_code = 1
+
+
+class UsageError(RotjaxError, ValueError):
+    """Something is named wrongly, out of range, or contradicts."""
+
+    exit_code = 2
+
+
+class DataError(RotjaxError):
+    """Data is not there, not readable, or too small."""
+
+    exit_code = 3
+
+
+class CheckpointError(RotjaxError):
+    """A checkpoint is missing, unusable or cannot be written."""
+
+    exit_code = 4
+
+
+class NonFiniteError(RotjaxError):
+    """The loss is no longer a number."""
+
+    exit_code = 5
+
+
+class InUseError(RotjaxError):
+    """Another process is at work in the workdir."""
+
+    exit_code = 6
+
+
+class Stopped(RotjaxError):
+    """A signal stopped the run after it had saved; the same command continues (EX_TEMPFAIL)."""
+
+    exit_code = 75

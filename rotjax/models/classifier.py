@@ -1,0 +1,64 @@
+"""A backbone and a linear head over uint8 pixels."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2023, 0.1994, 0.2010)
+
+
+class Classifier(nn.Module):
+    """Pixels to logits: normalisation, backbone, mean over the last map, linear head.
+
+    Parameters are `{'backbone': ..., 'head': ...}`. `dtype` is the backbone's; statistics and logits are float32, or
+    float64 where `dtype` is. `frozen` are path prefixes (`'backbone'`, `'backbone/stage1'`) whose batch statistics are
+    held in training; which parameters train is the optimizer's to say (`rotjax.optim.labels`), from the same prefixes.
+    """
+
+    backbone: nn.Module
+    num_classes: int
+    mean: tuple[float, float, float] = CIFAR10_MEAN
+    std: tuple[float, float, float] = CIFAR10_STD
+    frozen: tuple[str, ...] = ()
+    dtype: jnp.dtype = jnp.float32
+
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        """uint8 `[B,H,W,3]` to logits `[B,num_classes]`; TypeError for anything but uint8."""
+        return self.endpoints(images, train=train)["logits"]
+
+    @nn.compact
+    def endpoints(self, images: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
+        """The maps `stem`, `stage1` to `stage4`, the `features` `[B,D]` under the head, and the `logits`."""
+        if images.dtype != jnp.uint8:
+            raise TypeError(f"images are {images.dtype}; a network eats uint8 pixels and normalises them by itself")
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        x = (images.astype(wide) / 255 - jnp.array(self.mean, wide)) / jnp.array(self.std, wide)
+        endpoints = self.backbone(x.astype(self.dtype), train=train, held=held(self.frozen))
+        *_, last = endpoints.values()
+        features = last.astype(wide).mean((1, 2))
+        limit = features.shape[-1] ** -0.5
+        head = nn.Dense(
+            self.num_classes,
+            dtype=wide,
+            kernel_init=symmetric_uniform(limit),
+            bias_init=symmetric_uniform(limit * self.backbone.head_bias_scale),
+            name="head",
+        )
+        return endpoints | {"features": features, "logits": head(features)}
+
+
+def symmetric_uniform(limit: float) -> nn.initializers.Initializer:
+    """Uniform in `+-limit`; with `1 / sqrt(fan_in)` the initial weights of torch's linear layers."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+def held(frozen: tuple[str, ...]) -> tuple[str, ...]:
+    """The endpoints under the path prefixes `frozen`; ValueError for a prefix that is finer than a stage."""
+    stages = ("stem", "stage1", "stage2", "stage3", "stage4")
+    if "backbone" in frozen:
+        return stages
+    named = tuple(prefix.removeprefix("backbone/") for prefix in frozen if prefix.startswith("backbone/"))
+    if finer := set(named) - set(stages):
+        raise ValueError(f"statistics are held by stage, not by {sorted(finer)}; name backbone/stem to backbone/stage4")
+    return named

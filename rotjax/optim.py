@@ -1,0 +1,47 @@
+"""AdamW on a piecewise-constant schedule, for the parameters that train."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import optax
+
+from rotjax.errors import UsageError
+
+Trainable = Literal["all", "last_block", "head"]
+
+FROZEN: dict[str, tuple[str, ...]] = {
+    "all": (),
+    "last_block": ("backbone/stem", "backbone/stage1", "backbone/stage2", "backbone/stage3"),
+    "head": ("backbone",),
+}
+
+
+def piecewise(learning_rate: float, boundaries: Sequence[int], factor: float = 0.1) -> optax.Schedule:
+    """`learning_rate`, multiplied by `factor` from each of `boundaries` (steps) on."""
+    return optax.piecewise_constant_schedule(learning_rate, {step: factor for step in boundaries})
+
+
+def labels(params, frozen: tuple[str, ...] = ()):
+    """`'frozen'` under the path prefixes `frozen`, `'trainable'` elsewhere, in the structure of `params`.
+
+    Raises UsageError for a prefix under which there is nothing: a typing error would train everything.
+    """
+    used = set()
+
+    def label(path, _):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        hits = [prefix for prefix in frozen if name == prefix or name.startswith(prefix + "/")]
+        used.update(hits)
+        return "frozen" if hits else "trainable"
+
+    tree = jax.tree.map_with_path(label, params)
+    if missing := set(frozen) - used:
+        raise UsageError(f"no parameters under {', '.join(sorted(missing))}; there are {', '.join(params)}")
+    return tree
+
+
+def adamw(schedule: optax.ScalarOrSchedule, weight_decay: float = 0.01, frozen: tuple[str, ...] = ()) -> optax.GradientTransformation:
+    """AdamW with decay on every parameter, as torch's default; `frozen` ones get no update, no decay, no state."""
+    transforms = {"trainable": optax.adamw(schedule, weight_decay=weight_decay), "frozen": optax.set_to_zero()}
+    return optax.multi_transform(transforms, lambda params: labels(params, frozen))

@@ -1,0 +1,155 @@
+"""The train step, the evaluation step, and the loop around them: pretext and downstream differ in their batches only."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from rotjax.errors import NonFiniteError
+from rotjax.parallel import data_mesh, replicated, split
+
+Row = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Arrays only, so that saving it is saving the run.
+
+    `variables` are what `model.apply` takes; `sums` are `loss`, `correct` and `count` since the epoch began.
+    """
+
+    step: jax.Array
+    variables: dict
+    opt_state: Any
+    sums: dict[str, jax.Array]
+
+
+def abstract_variables(model: nn.Module, image_size: int) -> dict:
+    """Shapes and dtypes of `init_variables`, without computing any."""
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
+    return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def init_variables(model: nn.Module, seed: int, image_size: int) -> dict:
+    """`{'params', 'batch_stats'}` drawn from `seed`, compiled as one program (DenseNet121 has a thousand arrays)."""
+    images = jnp.zeros((1, image_size, image_size, 3), jnp.uint8)
+    return jax.jit(model.init)(jax.random.key(seed), images)
+
+
+def init_state(optimizer: optax.GradientTransformation, variables: dict, mesh: Mesh | None = None) -> TrainState:
+    """Step 0 from `variables`, replicated over `mesh`, by default over all devices."""
+
+    def state(variables):
+        return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables["params"]), _no_sums())
+
+    return jax.jit(state, out_shardings=replicated(mesh or data_mesh()))(variables)
+
+
+def train_step(
+    model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted `(state, batch) -> state, metrics`; the state given is donated.
+
+    `batch` is `{'image': u8[B,H,W,3], 'label': i32[B]}`, `metrics` the `loss` and `accuracy` of this batch. Under a mesh
+    of several devices batch statistics are the whole batch's.
+    """
+
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
+        def loss(params):
+            variables = state.variables | {"params": params}
+            logits, updated = model.apply(variables, batch["image"], train=True, mutable=["batch_stats"])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+            return losses.mean(), (updated, (logits.argmax(-1) == batch["label"]).sum())
+
+        params = state.variables["params"]
+        (value, (updated, correct)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, params)
+        variables = state.variables | updated | {"params": optax.apply_updates(params, updates)}
+        count = len(batch["label"])
+        sums = {
+            "loss": state.sums["loss"] + value * count,
+            "correct": state.sums["correct"] + correct,
+            "count": state.sums["count"] + count,
+        }
+        return TrainState(state.step + 1, variables, opt_state, sums), {"loss": value, "accuracy": correct / count}
+
+    return jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh or data_mesh()))
+
+
+def eval_step(model: nn.Module, mesh: Mesh | None = None) -> Callable[[dict, dict], dict[str, jax.Array]]:
+    """The jitted `(variables, batch) -> sums`: `loss`, and `confusion` `[true, predicted]`, of images by their `weight`."""
+
+    def step(variables: dict, batch: dict) -> dict[str, jax.Array]:
+        logits = model.apply(variables, batch["image"], train=False)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        confusion = jnp.zeros((logits.shape[-1],) * 2).at[batch["label"], logits.argmax(-1)].add(batch["weight"])
+        return {"loss": (losses * batch["weight"]).sum(), "confusion": confusion}
+
+    return jax.jit(step, out_shardings=replicated(mesh or data_mesh()))
+
+
+def place(batches: Iterable[dict], mesh: Mesh | None = None) -> Iterator[dict[str, jax.Array]]:
+    """Batches on the devices of `mesh`, each device its share."""
+    sharding = split(mesh or data_mesh())
+    for batch in batches:
+        yield jax.device_put(batch, sharding)
+
+
+def evaluate(step: Callable[[dict, dict], dict[str, jax.Array]], variables: dict, batches: Iterable[dict]) -> Row:
+    """`loss` and `accuracy` over all images, and the `confusion` matrix i64 `[true, predicted]`."""
+    sums = [step(variables, batch) for batch in batches]
+    loss, confusion = (np.sum([np.asarray(s[key], np.float64) for s in sums], axis=0) for key in ("loss", "confusion"))
+    return {
+        "loss": float(loss / confusion.sum()),
+        "accuracy": float(np.trace(confusion) / confusion.sum()),
+        "confusion": confusion.round().astype(np.int64),
+    }
+
+
+def fit(
+    step: Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]],
+    state: TrainState,
+    batches: Iterable[dict],
+    *,
+    start: int = 0,
+    steps: int,
+    epoch_steps: int,
+    log_steps: int = 50,
+    test: Callable[[dict, int], Row] | None = None,
+) -> Iterator[tuple[TrainState, list[Row]]]:
+    """Trains from step `start`, that of `state`, to `steps` on placed `batches`, yielding the state and its rows each step.
+
+    There is a row every `log_steps` steps, with that batch's metrics, and one at the end of an epoch (`epoch_steps`
+    steps, or the last), with the epoch's and what `test(variables, epoch)` adds. A yielded state lives until the next is
+    asked for. Raises NonFiniteError at the first row whose loss is not a number.
+    """
+    for number, batch in zip(range(start + 1, steps + 1), batches, strict=False):
+        if (number - 1) % epoch_steps == 0:
+            state = state.replace(sums=jax.device_put(_no_sums(), state.step.sharding))
+        state, metrics = step(state, batch)
+        epoch, rows = (number - 1) // epoch_steps + 1, []
+        if number % log_steps == 0:
+            rows.append(_finite({"step": number, "epoch": epoch} | {k: float(v) for k, v in metrics.items()}))
+        if number % epoch_steps == 0 or number == steps:
+            sums = {key: float(value) for key, value in state.sums.items()}
+            row = {"step": number, "epoch": epoch, "train_loss": sums["loss"] / sums["count"]}
+            row["train_accuracy"] = sums["correct"] / sums["count"]
+            rows.append(_finite(row) | (test(state.variables, epoch) if test else {}))
+        yield state, rows
+
+
+def _no_sums() -> dict[str, jax.Array]:
+    return {"loss": jnp.zeros(()), "correct": jnp.zeros((), jnp.int32), "count": jnp.zeros((), jnp.int32)}
+
+
+def _finite(row: Row) -> Row:
+    loss = row.get("loss", row.get("train_loss"))
+    if not np.isfinite(loss):
+        raise NonFiniteError(f"the loss is {loss} at step {row['step']}; lower the learning rate")
+    return row

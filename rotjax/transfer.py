@@ -1,0 +1,36 @@
+"""Moves a named part of one network's variables into another's: dicts in, new dicts out."""
+
+import jax
+import numpy as np
+
+from rotjax.errors import UsageError
+
+
+def part(variables: dict, name: str) -> dict:
+    """What each collection of `variables` holds under `name`, `'backbone'` or `'head'`."""
+    return {collection: tree[name] for collection, tree in variables.items() if name in tree}
+
+
+def graft(variables: dict, name: str, donor: dict) -> dict:
+    """`variables` with `donor`, another network's `part`, in the place of its own `name`.
+
+    Raises UsageError unless both have the same paths, shapes and dtypes.
+    """
+    mine, theirs = _shapes(part(variables, name)), _shapes(donor)
+    if mine != theirs:
+        odd = sorted(path for path in mine | theirs if mine.get(path) != theirs.get(path))
+        path = odd[0]
+        raise UsageError(
+            f"the {name}s differ in {len(odd)} arrays, first {path}: "
+            f"{_say(theirs.get(path))} in the donor, {_say(mine.get(path))} here"
+        )
+    return {c: tree | ({name: donor[c]} if c in donor else {}) for c, tree in variables.items()}
+
+
+def _shapes(tree: dict) -> dict[str, tuple]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): (np.shape(x), np.dtype(x.dtype)) for p, x in leaves}
+
+
+def _say(leaf: tuple | None) -> str:
+    return "absent" if leaf is None else f"{leaf[1]}{list(leaf[0])}"

@@ -1,0 +1,104 @@
+"""The folder of a run: whose it is, that one process works in it, its files, and the signals that end the work."""
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rotjax.errors import CheckpointError, InUseError, UsageError
+from rotjax.recipe import Recipe, differences, from_json, to_json
+
+
+def read_recipe(workdir: Path) -> Recipe:
+    """The recipe of the run in `workdir`; raises CheckpointError where there is none."""
+    path = workdir / "recipe.json"
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{workdir} holds no run (no recipe.json); name the workdir of a finished run") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); name another workdir") from error
+    return from_json(values, str(path))
+
+
+@contextmanager
+def claimed(workdir: Path, recipe: Recipe) -> Iterator[None]:
+    """Makes `workdir` the run's, or finds that it is, and keeps other processes out meanwhile.
+
+    Raises UsageError for a folder of another recipe or of something else, CheckpointError where it cannot be written,
+    InUseError where a process is at work.
+    """
+    path = workdir / "recipe.json"
+    if path.exists():
+        saved = read_recipe(workdir)
+        if saved != recipe:
+            raise UsageError(f"{workdir} holds another run ({differences(saved, recipe)}); name another workdir")
+    elif workdir.exists() and (not workdir.is_dir() or any(p.name != ".lock" for p in workdir.iterdir())):
+        raise UsageError(f"{workdir} is not empty and holds no run; name another workdir")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / ".lock", "a+")
+    except OSError as error:
+        raise CheckpointError(f"{workdir} cannot be written ({error.strerror}); name another workdir") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise InUseError(f"{workdir} is in use by {lock.read().strip() or 'another process'}; wait for it") from None
+        lock.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
+        if not path.exists():
+            write_json(path, to_json(recipe))
+        yield
+
+
+@contextmanager
+def metrics(workdir: Path, step: int) -> Iterator[Callable[[dict], None]]:
+    """Appends rows to `metrics.jsonl`, of which rows past `step`, and a last one cut short, are dropped first."""
+    path = workdir / "metrics.jsonl"
+    kept = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    _replace(path, "".join(kept))
+    with open(path, "a") as file:
+        yield lambda row: print(json.dumps(row), file=file, flush=True)
+
+
+@contextmanager
+def signals() -> Iterator[threading.Event]:
+    """An event that the first SIGTERM or SIGINT sets; a second one ends the process at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    kinds = (signal.SIGTERM, signal.SIGINT)
+
+    def stop(number, frame):
+        event.set()
+        for kind in kinds:
+            signal.signal(kind, signal.SIG_DFL)
+
+    before = {kind: signal.signal(kind, stop) for kind in kinds}
+    try:
+        yield event
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Writes all of `values` or nothing."""
+    _replace(path, json.dumps(values, indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
