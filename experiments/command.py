@@ -1,5 +1,6 @@
 """What the training commands share: flags, one line for an error, progress, and where everything was left."""
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -7,24 +8,32 @@ import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, get_type_hints
 
 import jax
 import tyro
 from tqdm import tqdm
 
 import rotjax
-from experiments import report
+from experiments import figures, report
+from rotjax.data.sources import DEFAULTS
 from rotjax.errors import RotjaxError, UsageError
+from rotjax.recipe import NETWORK
+
+
+def _default(words: str):
+    """A default that `--help` says in words."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {words})" if words else "")
 
 
 @dataclass(frozen=True)
 class Execution:
     """How a run is carried out, which changes nothing in its weights."""
 
-    workdir: Path | None = None
-    """Folder of the run; runs/<job>-<dataset>-<backbone>-<hash of the recipe> unless said."""
-    data_dir: Path | None = None
-    """TFDS's folder of prepared data sets; $TFDS_DATA_DIR or ~/tensorflow_datasets unless said."""
+    workdir: Annotated[Path | None, _default("runs/<job>-<dataset>-<backbone>-<hash of the recipe>")] = None
+    """Folder of the run; the same command goes on with what is there."""
+    data_dir: Annotated[Path | None, _default("$TFDS_DATA_DIR, else ~/tensorflow_datasets")] = None
+    """Folder of data sets prepared for TFDS."""
     log_steps: int = 50
     """Steps between rows of metrics.jsonl."""
     checkpoint_seconds: float = 60.0
@@ -33,14 +42,28 @@ class Execution:
 
 def main(kind: type[rotjax.Recipe]) -> int:
     """Parses the flags of `kind` and carries the run out; returns the exit code."""
+
+    def command(recipe: flags(kind), execution: Execution) -> int:
+        return guarded(lambda: carry_out(kind(**dataclasses.asdict(recipe)), execution))
+
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
     prog = f"python -m experiments.{kind.job}"
+    return tyro.cli(command, prog=prog, description=kind.__doc__, config=config, use_underscores=True)
 
-    def command(recipe: kind, execution: Execution) -> tuple[rotjax.Recipe, Execution]:
-        return recipe, execution
 
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagConversionOff)
-    recipe, execution = tyro.cli(command, prog=prog, description=kind.__doc__, config=config)
-    return guarded(lambda: train(recipe, execution))
+def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
+    """`kind` as tyro is to show it: a default that depends on the job and the data set is said in words."""
+    annotations = {}
+    for name, hint in get_type_hints(kind).items():
+        if name == "classes":
+            annotations[name] = Annotated[hint, tyro.conf.Suppress]
+        elif getattr(kind, name, 0) is None:
+            words = [str(kind.defaults[name])] if name in kind.defaults else []
+            words += [f"{other} {own[name]}" for other, own in DEFAULTS.items() if name in own]
+            words += ["the pretrained network's"] if name in NETWORK and kind is rotjax.Classification else []
+            annotations[name] = Annotated[hint | None, _default("; ".join(words))]
+    body = {"__annotations__": annotations, "__doc__": kind.__doc__} | {name: getattr(kind, name) for name in annotations}
+    return dataclass(frozen=True)(type(kind.__name__, (kind,), body))
 
 
 def guarded(job) -> int:
@@ -53,16 +76,16 @@ def guarded(job) -> int:
     return 0
 
 
-def train(recipe: rotjax.Recipe, execution: Execution) -> None:
-    """Plans and runs `recipe`, showing progress, and leaves figures beside the run's files."""
+def carry_out(recipe: rotjax.Recipe, execution: Execution) -> None:
+    """Plans and trains `recipe`, showing progress, and leaves figures beside the run's files."""
     if execution.log_steps < 1 or not execution.checkpoint_seconds >= 0:
         raise UsageError("--log_steps is at least 1 and --checkpoint_seconds at least 0")
     cache_compilations()
     warn_of_idle_gpu()
-    plan = rotjax.plan(recipe, data_dir=execution.data_dir, progress=decoding)
+    plan = rotjax.plan(recipe, data_dir=execution.data_dir, progress=decoding, note=report.say)
     workdir = execution.workdir or Path("runs") / plan.recipe.name
     with report.Progress(plan) as progress:
-        rows = rotjax.run(
+        rows = rotjax.train(
             plan,
             workdir,
             log_steps=execution.log_steps,
@@ -71,8 +94,8 @@ def train(recipe: rotjax.Recipe, execution: Execution) -> None:
         )
         for row in rows:
             progress.show(row)
-    report.figures(workdir, plan)
-    report.summarise(workdir)
+    figures.draw(workdir, plan, report.say)
+    report.summarise(workdir, plan, execution.data_dir)
 
 
 def decoding(records):

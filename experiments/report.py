@@ -1,42 +1,137 @@
-"""What a person sees of a run: progress, a row per epoch, a summary, figures."""
+"""What a person sees of a run: its progress, a row per epoch, a summary. All of it goes to stdout, in plain ASCII."""
 
 import json
+import os
+import shlex
 import sys
+import time
 from pathlib import Path
 
 from tqdm import tqdm
 
+from experiments import figures
+from rotjax.run import Plan
+
+HEADER = "epoch   train loss   train accuracy   test loss   test accuracy   elapsed"
+FILES = ("recipe.json", "metrics.jsonl", "summary.json", "checkpoints/", *figures.NAMES)
+
+
+def say(line: str) -> None:
+    """Prints `line` above any bar; characters that stdout does not know become '?', a reader that has gone is no error."""
+    if sys.stdout is None:
+        return
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        tqdm.write(line.encode(encoding, "replace").decode(encoding), file=sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as under `| head`: no reason to lose hours of training
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 
 class Progress:
-    """A bar over the steps on a terminal, and a line per epoch anywhere."""
+    """A bar over the steps where stdout is a terminal; notes and a row per epoch anywhere."""
 
-    def __init__(self, plan):
+    def __init__(self, plan: Plan):
         self.plan = plan
+        self.epochs = -(-plan.steps // plan.epoch_steps)
+        self.headed = False
+        self.last: tuple[int, float] | None = None  # step and time of the last row
+        self.speed = ""
 
-    def __enter__(self):
-        self.bar = tqdm(total=self.plan.steps, unit="step", disable=None, leave=False)
+    def __enter__(self) -> "Progress":
+        self.began = time.perf_counter()
+        self.bar = self._bar(0)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.bar.close()
 
-    def note(self, line):
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+    def note(self, line: str) -> None:
+        """Shows a line about what is being done."""
+        say(line)
 
-    def show(self, row):
-        self.bar.n = row["step"]
-        self.bar.refresh()
+    def show(self, row: dict) -> None:
+        """Moves the bar to the step of `row`, a row of metrics.jsonl; a row of an epoch becomes one of the table."""
+        step, now = row["step"], time.perf_counter()
+        if self.last is None:  # only now is it known where a resumed run goes on from
+            self.bar.close()
+            self.bar = self._bar(step)
+        elif step % self.plan.epoch_steps and step != self.plan.steps:  # else the time of testing is in it
+            before, then = self.last
+            self.speed = f", {(step - before) * self._views() / (now - then):,.0f} images/s"
+        self.last = step, now
+        loss = row.get("loss", row.get("train_loss"))
+        self.bar.n = step
+        self.bar.set_postfix_str(f"epoch {row['epoch']}/{self.epochs}, loss {loss:.3f}{self.speed}")
         if "test_accuracy" in row:
-            self.note(
-                f"epoch {row['epoch']:3d}  train loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:.4f}"
-                f"  test loss {row['test_loss']:.4f}  accuracy {row['test_accuracy']:.4f}"
-            )
+            self._tabulate(row, now - self.began)
+
+    def _tabulate(self, row: dict, seconds: float) -> None:
+        if not self.headed:
+            say(f"\n{HEADER}")
+            self.headed = True
+        train, test = (f"{100 * row[key]:.2f}%" for key in ("train_accuracy", "test_accuracy"))
+        say(
+            f"{row['epoch']:5d}   {row['train_loss']:10.4f}   {train:>14}   {row['test_loss']:9.4f}   {test:>13}"
+            f"   {tqdm.format_interval(seconds):>7}"
+        )
+
+    def _bar(self, step: int) -> tqdm:
+        return tqdm(
+            total=self.plan.steps,
+            initial=step,
+            file=sys.stdout,
+            disable=not (sys.stdout and sys.stdout.isatty()),
+            leave=False,
+            smoothing=0,
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| step {n}/{total}, {remaining} left{postfix}",
+        )
+
+    def _views(self) -> int:
+        recipe = self.plan.recipe
+        return recipe.batch_size * (4 if getattr(recipe, "rotations", None) == "all" else 1)
 
 
-def figures(workdir: Path, plan) -> None:
-    pass
+def summarise(workdir: Path, plan: Plan, data_dir: Path | None = None) -> None:
+    """Prints the final figures of the run in `workdir`, where everything is, and what to do next."""
+    summary = json.loads((workdir / "summary.json").read_text())
+    block = facts(summary, plan.epoch_steps)
+    width = max(len(name) for name, _ in block) + 3
+    say("")
+    for name, value in block:
+        say(f"{name:{width}}{value}")
+    say(f"\n{workdir}")
+    say("  " + "  ".join(name for name in FILES if (workdir / name).exists()))
+    say(f"\n{next_step(workdir, plan, data_dir)}")
 
 
-def summarise(workdir: Path) -> None:
-    print(json.dumps(json.loads((workdir / "summary.json").read_text())))
+def facts(summary: dict, epoch_steps: int) -> list[tuple[str, str]]:
+    """Name and value of each line of the printed block."""
+    count, seed = sum(map(sum, summary["confusion"])), summary["seed"]
+    if "rotation_accuracy" in summary:
+        lines = [
+            ("rotation accuracy", f"{summary['rotation_accuracy']:.2%} on all four turns of {count // 4:,} test images"),
+            ("", f"{summary['rotation_accuracy_random']:.2%} on one random turn of each, as the published report scored"),
+        ]
+    else:
+        lines = [("accuracy", f"{summary['accuracy']:.2%} on {count:,} test images")]
+    lines.append(("data set", f"{summary['dataset']}, {summary['train_images']:,} training images"))
+    lines.append(("network", f"{summary['backbone']}, {summary['stem']} stem"))
+    epochs = round(summary["steps"] / epoch_steps, 2)
+    lines.append(("trained for", f"{epochs:g} epoch{'s' * (epochs != 1)}, {summary['steps']:,} steps, seed {seed}"))
+    speed, minutes = summary["images_per_second"], summary["wall_seconds"] / 60
+    lines.append(("speed", f"{speed:,.0f} images/s on {summary['device']}" if speed else f"on {summary['device']}"))
+    since = f" since step {summary['resumed_from']:,}, where it was resumed" if summary["resumed_from"] else ""
+    lines.append(("time", f"{minutes:.1f} minutes{since}"))
+    return lines
+
+
+def next_step(workdir: Path, plan: Plan, data_dir: Path | None = None) -> str:
+    """The command or the line of Python that makes use of the run in `workdir`."""
+    if plan.recipe.job == "classification":
+        return f'use it in Python:\n  model, variables, recipe = rotjax.load("{workdir}")'
+    dataset = plan.recipe.dataset if plan.data.classes else "FOLDER_WITH_A_FOLDER_PER_CLASS"
+    flags = {"pretrained": workdir, "dataset": dataset} | ({"data_dir": data_dir} if data_dir else {})
+    words = " ".join(f"--{name}={shlex.quote(str(value))}" for name, value in flags.items())
+    return f"next, learn classes from it:\n  python -m experiments.classification {words}"

@@ -3,10 +3,14 @@
 from rotjax import checkpoints as checkpoints
 from rotjax import data as data
 from rotjax import rotation as rotation
+from rotjax import torchvision as torchvision
 from rotjax.data.batches import read as read
 from rotjax.data.batches import test_batches as test_batches
 from rotjax.data.batches import train_batches as train_batches
-from rotjax.data.sources import Dataset as Dataset
+from rotjax.data.dataset import Dataset as Dataset
+from rotjax.data.tasks import all_turns as all_turns
+from rotjax.data.tasks import classify as classify
+from rotjax.data.tasks import random_turn as random_turn
 from rotjax.models import BACKBONES as BACKBONES
 from rotjax.models import Classifier as Classifier
 from rotjax.models import create as create
@@ -17,7 +21,7 @@ from rotjax.recipe import Recipe as Recipe
 from rotjax.recipe import Rotation as Rotation
 from rotjax.run import load as load
 from rotjax.run import plan as plan
-from rotjax.run import run as run
+from rotjax.run import train as train
 from rotjax.training import TrainState as TrainState
 from rotjax.training import eval_step as eval_step
 from rotjax.training import evaluate as evaluate

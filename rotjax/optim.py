@@ -1,6 +1,6 @@
 """AdamW on a piecewise-constant schedule, for the parameters that train."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal
 
 import jax
@@ -41,7 +41,12 @@ def labels(params, frozen: tuple[str, ...] = ()):
     return tree
 
 
-def adamw(schedule: optax.ScalarOrSchedule, weight_decay: float = 0.01, frozen: tuple[str, ...] = ()) -> optax.GradientTransformation:
+def adamw(
+    schedule: optax.ScalarOrSchedule, weight_decay: float = 0.01, frozen: tuple[str, ...] = ()
+) -> optax.GradientTransformation:
     """AdamW with decay on every parameter, as torch's default; `frozen` ones get no update, no decay, no state."""
-    transforms = {"trainable": optax.adamw(schedule, weight_decay=weight_decay), "frozen": optax.set_to_zero()}
+    transforms: dict[Hashable, optax.GradientTransformation] = {
+        "trainable": optax.adamw(schedule, weight_decay=weight_decay),
+        "frozen": optax.set_to_zero(),
+    }
     return optax.multi_transform(transforms, lambda params: labels(params, frozen))

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, Self
 
 import jax.numpy as jnp
 
@@ -16,52 +16,67 @@ from rotjax.rotation import ANGLES
 
 SCHEMA = 1  # of recipe.json
 
+NETWORK = ("backbone", "stem", "width", "mean", "std")  # the fields that a pretrained backbone brings along
+
+DEFERRED: Any = None  # until `resolved`: the job, the data set or the pretrained network decides
+
 RGB = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What both jobs share. A field that is None takes the job's, the data set's or the pretrained network's own value."""
+    """What both jobs share; a field that is left `DEFERRED` gets its value with `resolved`."""
 
-    backbone: Backbone | None = None
-    """Network; resnet18 unless said, in classification the pretrained one."""
+    backbone: Backbone = DEFERRED
+    """Network."""
     dataset: str = "cifar10"
     """cifar10, imagenette, digits (needs no download), another TFDS image set, or a folder of images."""
-    stem: StemName | None = None
-    """First layers: imagenet (7x7/2 and max-pool; the report's, unless said) or cifar (3x3, for small images)."""
-    image_size: int | None = None
-    """Side of the square images in pixels; 32 for cifar10 and digits, else 64 unless said."""
-    epochs: int | None = None
-    """Passes, each of len(train) // batch_size steps; rotation 45, classification 20, digits 8."""
+    stem: StemName = DEFERRED
+    """First layers: imagenet (7x7 stride 2 and max-pool, the report's) or cifar (3x3, for small images)."""
+    image_size: int = DEFERRED
+    """Side of the square images in pixels."""
+    epochs: int = DEFERRED
+    """Each is len(train) // batch_size steps."""
     max_steps: int | None = None
     """Stop after this many steps, whatever the epochs."""
-    batch_size: int | None = None
-    """Images drawn per step over all devices; 128, digits 32."""
-    learning_rate: float | None = None
-    """Initial rate of AdamW; 0.01, digits 0.001."""
-    decay_epochs: int | None = None
-    """The rate falls to a tenth every so many epochs; rotation 15, classification 10, digits 3."""
+    batch_size: int = DEFERRED
+    """Images drawn per step, over all devices."""
+    learning_rate: float = DEFERRED
+    """Initial rate of AdamW."""
+    decay_epochs: int = DEFERRED
+    """The rate falls to a tenth every so many epochs."""
     weight_decay: float = 0.01
     """Decoupled decay, on every parameter that trains."""
     seed: int = 0
     """Decides initial weights, order, crops, flips and turns."""
+    flip: bool = DEFERRED
+    """Mirror images at random in training; not for what has no mirror image, such as digits."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the backbone's computation; parameters, statistics and logits are float32 in any case."""
-    width: int | None = None
-    """Maps of the stem; 64 in the published networks."""
-    mean: RGB | None = None
-    """Of the pixels (0 to 1), subtracted in the network; CIFAR-10's unless said."""
-    std: RGB | None = None
-    """Of the pixels (0 to 1), divided by in the network; CIFAR-10's unless said."""
+    width: int = DEFERRED
+    """Maps of the stem; every other layer follows."""
+    mean: RGB = DEFERRED
+    """Of the pixels (0 to 1), subtracted in the network."""
+    std: RGB = DEFERRED
+    """Of the pixels (0 to 1), divided by in the network."""
     classes: tuple[str, ...] = ()
     """Names of what the head tells apart, known once the data is."""
 
     job: ClassVar[str]
     defaults: ClassVar[dict[str, Any]] = dict(
-        backbone="resnet18", stem="imagenet", batch_size=128, learning_rate=0.01, width=64, mean=CIFAR10_MEAN, std=CIFAR10_STD
-    )
-    frozen: ClassVar[tuple[str, ...]] = ()
-    held: ClassVar[tuple[str, ...]] = ()
+        backbone="resnet18", stem="imagenet", batch_size=128, learning_rate=0.01, flip=True, width=64,
+        mean=CIFAR10_MEAN, std=CIFAR10_STD,
+    )  # fmt: skip
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Path prefixes of the parameters that stay."""
+        return ()
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Path prefixes of the stages whose batch statistics stay."""
+        return ()
 
     @property
     def name(self) -> str:
@@ -73,29 +88,34 @@ class Recipe:
 
     def model(self) -> Classifier:
         """The network of a resolved recipe."""
-        dtype = jnp.dtype(self.dtype)
-        options = dict(mean=self.mean, std=self.std, frozen=self.held, width=self.width, dtype=dtype)
-        return create(self.backbone, len(self.classes), self.stem, **options)
+        return create(
+            self.backbone,
+            len(self.classes),
+            self.stem,
+            mean=self.mean,
+            std=self.std,
+            frozen=self.held,
+            width=self.width,
+            dtype=jnp.dtype(self.dtype),
+        )
 
-    def resolved(self, *defaults: dict[str, Any]) -> Self:
-        """Fields that are None take their value from the first of `defaults`, then the job's, that has one."""
-        values: dict[str, Any] = {}
-        for source in (*defaults, self.defaults):
-            values = source | values
-        missing = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None}
-        return dataclasses.replace(self, **{k: v for k, v in values.items() if k in missing})
+    def resolved(self, **defaults: Any) -> Self:
+        """Fields that are None take their value from `defaults`, a data set's, else from the job's."""
+        values = self.defaults | defaults
+        missing = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None and f.name in values]
+        return dataclasses.replace(self, **{name: values[name] for name in missing})
 
 
 @dataclass(frozen=True)
 class Rotation(Recipe):
     """Pretrain a network by predicting by how many quarter turns each image was rotated (report, row 1)."""
 
-    rotations: Literal["random", "all"] = "random"
+    rotations: Literal["random", "all"] = DEFERRED
     """random: one turn per image, the report's; all: every image in its four turns, four times the views per step."""
     classes: tuple[str, ...] = ANGLES
 
     job: ClassVar[str] = "rotation"
-    defaults: ClassVar[dict[str, Any]] = Recipe.defaults | dict(epochs=45, decay_epochs=15)
+    defaults: ClassVar[dict[str, Any]] = Recipe.defaults | dict(rotations="random", epochs=45, decay_epochs=15)
 
 
 @dataclass(frozen=True)
@@ -103,25 +123,23 @@ class Classification(Recipe):
     """Learn an image set's classes, from a pretrained backbone or from scratch (report, rows 2 to 6)."""
 
     pretrained: str | None = None
-    """Workdir of a finished run whose backbone is taken; from scratch unless said."""
+    """Workdir of a run whose backbone is taken, with its stem and normalisation; from scratch unless said."""
     trainable: optim.Trainable = "all"
     """What trains: all, last_block (stage 4 and the head) or head."""
     frozen_statistics: Literal["held", "moving"] = "held"
     """Batch statistics of frozen stages: held as they were, or moving as in the report's rows 2a and 2b."""
     subset: int | None = None
-    """Training images per class, drawn by the seed; all unless said. An epoch keeps its number of steps."""
+    """Training images per class, drawn by the seed. An epoch keeps its number of steps."""
 
     job: ClassVar[str] = "classification"
     defaults: ClassVar[dict[str, Any]] = Recipe.defaults | dict(epochs=20, decay_epochs=10)
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Path prefixes of the parameters that stay."""
         return optim.FROZEN[self.trainable]
 
     @property
     def held(self) -> tuple[str, ...]:
-        """Path prefixes of the stages whose batch statistics stay."""
         return self.frozen if self.frozen_statistics == "held" else ()
 
 
@@ -146,7 +164,7 @@ def check(recipe: Recipe) -> None:
     for value in recipe.std or ():
         if not (math.isfinite(value) and value > 0):
             raise UsageError(f"--std has {value}; a standard deviation is a finite number above 0")
-    if recipe.image_size is not None and recipe.image_size < 32 and recipe.stem != "cifar":
+    if recipe.image_size is not None and recipe.image_size < 32 and recipe.stem == "imagenet":
         raise UsageError(f"--image_size={recipe.image_size} is too small for the imagenet stem; use 32 or --stem=cifar")
 
 
@@ -156,15 +174,19 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any], where: str) -> Recipe:
-    """The recipe stored `where`; raises CheckpointError for what this version did not write."""
+    """The recipe stored `where`; fields that an older rotjax did not know have the values that it worked with.
+
+    Raises CheckpointError for what is not a recipe, or one of a newer schema.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("schema"), int) or values.get("job") not in JOBS:
+        raise CheckpointError(f"{where} is not a recipe; point at a workdir that rotjax wrote")
     values = dict(values)
-    schema, job = values.pop("schema", None), values.pop("job", None)
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise CheckpointError(f"{where} was written by a newer rotjax (schema {schema}, not {SCHEMA}); upgrade rotjax")
-    kind = JOBS.get(job)
-    if schema != SCHEMA or kind is None or set(values) != {f.name for f in dataclasses.fields(kind)}:
-        raise CheckpointError(f"{where} is not a recipe of this rotjax; point at a workdir that it wrote")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    schema, kind = values.pop("schema"), JOBS[values.pop("job")]
+    unknown = set(values) - {f.name for f in dataclasses.fields(kind)}
+    if schema > SCHEMA or unknown:
+        raise CheckpointError(f"{where} was written by a newer rotjax (schema {schema}, here {SCHEMA}); upgrade rotjax")
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return kind(**fields).resolved()
 
 
 def differences(saved: Recipe, asked: Recipe) -> str:

@@ -1,6 +1,8 @@
 """The train step, the evaluation step, and the loop around them: pretext and downstream differ in their batches only."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial, reduce
 from typing import Any
 
 import flax.linen as nn
@@ -51,19 +53,18 @@ def init_state(optimizer: optax.GradientTransformation, variables: dict, mesh: M
     return jax.jit(state, out_shardings=replicated(mesh or data_mesh()))(variables)
 
 
-def train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
-) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]]:
+def train_step(model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> jax.stages.Wrapped:
     """The jitted `(state, batch) -> state, metrics`; the state given is donated.
 
     `batch` is `{'image': u8[B,H,W,3], 'label': i32[B]}`, `metrics` the `loss` and `accuracy` of this batch. Under a mesh
     of several devices batch statistics are the whole batch's.
     """
+    apply: Callable[..., Any] = model.apply
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
         def loss(params):
             variables = state.variables | {"params": params}
-            logits, updated = model.apply(variables, batch["image"], train=True, mutable=["batch_stats"])
+            logits, updated = apply(variables, batch["image"], train=True, mutable=["batch_stats"])
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
             return losses.mean(), (updated, (logits.argmax(-1) == batch["label"]).sum())
 
@@ -82,11 +83,12 @@ def train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh or data_mesh()))
 
 
-def eval_step(model: nn.Module, mesh: Mesh | None = None) -> Callable[[dict, dict], dict[str, jax.Array]]:
+def eval_step(model: nn.Module, mesh: Mesh | None = None) -> jax.stages.Wrapped:
     """The jitted `(variables, batch) -> sums`: `loss`, and `confusion` `[true, predicted]`, of images by their `weight`."""
+    apply: Callable[..., Any] = model.apply
 
     def step(variables: dict, batch: dict) -> dict[str, jax.Array]:
-        logits = model.apply(variables, batch["image"], train=False)
+        logits = apply(variables, batch["image"], train=False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         confusion = jnp.zeros((logits.shape[-1],) * 2).at[batch["label"], logits.argmax(-1)].add(batch["weight"])
         return {"loss": (losses * batch["weight"]).sum(), "confusion": confusion}
@@ -103,12 +105,14 @@ def place(batches: Iterable[dict], mesh: Mesh | None = None) -> Iterator[dict[st
 
 def evaluate(step: Callable[[dict, dict], dict[str, jax.Array]], variables: dict, batches: Iterable[dict]) -> Row:
     """`loss` and `accuracy` over all images, and the `confusion` matrix i64 `[true, predicted]`."""
-    sums = [step(variables, batch) for batch in batches]
-    loss, confusion = (np.sum([np.asarray(s[key], np.float64) for s in sums], axis=0) for key in ("loss", "confusion"))
+    add = partial(jax.tree.map, jnp.add)
+    sums = reduce(add, (step(variables, batch) for batch in batches))
+    confusion = np.asarray(sums["confusion"]).astype(np.int64)
+    count = confusion.sum()
     return {
-        "loss": float(loss / confusion.sum()),
-        "accuracy": float(np.trace(confusion) / confusion.sum()),
-        "confusion": confusion.round().astype(np.int64),
+        "loss": float(sums["loss"]) / int(count),
+        "accuracy": int(np.trace(confusion)) / int(count),
+        "confusion": confusion,
     }
 
 
@@ -131,7 +135,7 @@ def fit(
     """
     for number, batch in zip(range(start + 1, steps + 1), batches, strict=False):
         if (number - 1) % epoch_steps == 0:
-            state = state.replace(sums=jax.device_put(_no_sums(), state.step.sharding))
+            state = dataclasses.replace(state, sums=jax.device_put(_no_sums(), state.step.sharding))
         state, metrics = step(state, batch)
         epoch, rows = (number - 1) // epoch_steps + 1, []
         if number % log_steps == 0:
@@ -149,7 +153,7 @@ def _no_sums() -> dict[str, jax.Array]:
 
 
 def _finite(row: Row) -> Row:
-    loss = row.get("loss", row.get("train_loss"))
+    loss = row["loss"] if "loss" in row else row["train_loss"]
     if not np.isfinite(loss):
         raise NonFiniteError(f"the loss is {loss} at step {row['step']}; lower the learning rate")
     return row

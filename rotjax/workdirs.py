@@ -42,7 +42,7 @@ def claimed(workdir: Path, recipe: Recipe) -> Iterator[None]:
         raise UsageError(f"{workdir} is not empty and holds no run; name another workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "a+")
+        lock = (workdir / ".lock").open("a+")
     except OSError as error:
         raise CheckpointError(f"{workdir} cannot be written ({error.strerror}); name another workdir") from error
     with lock:

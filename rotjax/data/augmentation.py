@@ -30,7 +30,7 @@ def _mix(x: Array) -> Array:
 
 
 def crop_and_flip(images: np.ndarray, rows: np.ndarray, columns: np.ndarray, flips: np.ndarray, padding: int) -> np.ndarray:
-    """uint8 `[B,H,H,C]`, padded with black on every side, cut out again at `rows`, `columns` `[B]`, mirrored where `flips`."""
+    """uint8 `[B,H,H,C]`, padded with black, cut out again at `rows` and `columns` `[B]`, mirrored where `flips`."""
     size = images.shape[1]
     padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     cropped = np.empty_like(images)

@@ -13,17 +13,17 @@ Arrays = dict[str, np.ndarray]  # 'image' u8 [N,H,H,3], 'label' i32 [N]; evaluat
 
 
 def train_batches(
-    data: Arrays, task: tasks.Task, batch_size: int, steps: int, *, seed: int, padding: int | None = None
+    data: Arrays, task: tasks.Task, batch_size: int, steps: int, *, seed: int, flip: bool = True
 ) -> grain.MapDataset[Arrays]:
-    """Batch `t` of `steps`: `batch_size` images, cropped and flipped, then given to the task.
+    """Batch `t` of `steps`: `batch_size` images, cropped, mirrored or not where `flip`, then given to the task.
 
-    Images come in a new order on every pass (epoch) over the data, and batches straddle passes. `padding` is the crop's,
-    an eighth of the image unless said (4 pixels of 32). Raises UsageError where a batch is larger than the data.
+    Images come in a new order on every pass (epoch) over the data, and batches straddle passes. The crop's padding is an
+    eighth of the image, 4 pixels of 32. Raises UsageError where a batch is larger than the data.
     """
     count, size = data["image"].shape[:2]
     if not 0 < batch_size <= count:
         raise UsageError(f"a batch of {batch_size} does not fit a training set of {count} images; lower batch_size")
-    padding = size // 8 if padding is None else padding
+    padding = size // 8
     order = lru_cache(maxsize=2)(partial(_order, seed, count))
 
     def batch(step: int) -> Arrays:
@@ -31,14 +31,17 @@ def train_batches(
         index = np.concatenate([order(e)[place[epoch == e]] for e in np.unique(epoch).tolist()])
         words = partial(draw, seed=seed, epoch=epoch, index=index)
         rows, columns = (below(2 * padding + 1, words(stream)) for stream in (tasks.ROWS, tasks.COLUMNS))
-        images = crop_and_flip(data["image"][index], rows, columns, words(tasks.FLIPS) >> 31, padding)
+        flips = words(tasks.FLIPS) >> 31 if flip else np.zeros_like(index)
+        images = crop_and_flip(data["image"][index], rows, columns, flips, padding)
         images, labels = task(images, data["label"][index], words)
         return {"image": images, "label": labels}
 
     return grain.MapDataset.range(steps).map(batch)
 
 
-def test_batches(data: Arrays, task: tasks.Task, batch_size: int, *, seed: int = 0, epoch: int = 0) -> grain.MapDataset[Arrays]:
+def test_batches(
+    data: Arrays, task: tasks.Task, batch_size: int, *, seed: int = 0, epoch: int = 0
+) -> grain.MapDataset[Arrays]:
     """Every image once, in order, as it is, given to the task; the last batch is padded with images of weight 0."""
     count = len(data["label"])
 

@@ -1,44 +1,53 @@
 """Where images come from: data sets by name, each decoded once to uint8 arrays."""
 
-import difflib
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from rotjax.data.batches import Arrays
-from rotjax.errors import DataError, UsageError
+from rotjax.data import photographs
+from rotjax.data.dataset import Dataset
+from rotjax.data.pixels import square
+from rotjax.errors import UsageError
 
-DIGITS_DEFAULTS = dict(image_size=32, epochs=8, decay_epochs=3, batch_size=32, learning_rate=1e-3)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """`train` and `test` are `{'image': u8[N,H,H,3], 'label': i32[N]}`; labels are -1 where there are no `classes`."""
-
-    name: str
-    classes: tuple[str, ...]
-    train: Arrays
-    test: Arrays
+DEFAULTS = {
+    "digits": dict(image_size=32, rotations="all", epochs=8, decay_epochs=3, batch_size=32, learning_rate=1e-3, flip=False),
+    "cifar10": dict(image_size=32),
+    "other sets": dict(image_size=64),
+}
 
 
 def defaults(name: str) -> dict:
     """Fields of a recipe that the data set `name` decides unless the recipe says otherwise."""
-    return {"digits": DIGITS_DEFAULTS, "cifar10": {"image_size": 32}}.get(name, {"image_size": 64})
+    return DEFAULTS.get(name, DEFAULTS["other sets"])
 
 
-def load(name: str, *, image_size: int | None = None, data_dir: str | Path | None = None, progress=iter) -> Dataset:
-    """The data set `name` (`cifar10`, `imagenette`, `digits`, any TFDS image-classification set prepared as array_record).
+def load(
+    name: str,
+    *,
+    image_size: int | None = None,
+    data_dir: str | Path | None = None,
+    progress=iter,
+    note: Callable[[str], None] = lambda line: None,
+) -> Dataset:
+    """The data set `name`: `cifar10`, `imagenette`, `digits`, any TFDS image-classification set prepared as array_record,
+    or a folder of photographs, which if named like one of these three is written as a path, `./digits`.
 
     `data_dir` is TFDS's, by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`. `progress` wraps the records as they
-    are decoded. Raises UsageError for a name that does not exist, DataError for data that is not there or unreadable.
+    are decoded; `note` is told in lines what is done. Raises UsageError for a name that does not exist, DataError for data
+    that is not there or unreadable.
     """
     image_size = image_size or defaults(name)["image_size"]
+    if _is_path(name) or (name not in ("", "digits", "cifar10", "imagenette") and Path(name).is_dir()):
+        return _photographs(name, image_size, progress, note)
     if name == "digits":
         return _digits(image_size)
-    return _tfds(name, image_size, Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser(), progress)
+    from rotjax.data import prepared
+
+    return prepared.load(name, image_size, data_dir, progress, note)
 
 
 def subset(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
@@ -54,43 +63,24 @@ def subset(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
     return np.sort(np.concatenate([order[labels[order] == kind][:per_class] for kind in kinds]))
 
 
-def square(image: Image.Image, size: int) -> np.ndarray:
-    """The middle square of `image`, upright as its EXIF says, as RGB u8 `[size,size,3]`."""
-    image = ImageOps.exif_transpose(image).convert("RGB")
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+def _is_path(name: str) -> bool:
+    return name.startswith(("/", "./", "../", "~")) or name.endswith("/")
+
+
+def _photographs(name: str, size: int, progress, note) -> Dataset:
+    folder = Path(os.path.expanduser(name))
+    if not folder.is_dir():
+        raise UsageError(f"no folder {name}; name a folder of images, or a data set such as digits")
+    return photographs.load(folder, size, progress, note)
 
 
 def _digits(size: int) -> Dataset:
     """scikit-learn's 1,797 handwritten digits, 8x8, magnified; every fifth is a test image."""
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     images = np.stack([square(Image.fromarray((i * 15.9375).astype(np.uint8)), size) for i in bunch.images])
     data = {"image": images, "label": bunch.target.astype(np.int32)}
     test = np.arange(len(images)) % 5 == 4
     train, test = ({key: value[rows] for key, value in data.items()} for rows in (~test, test))
     return Dataset("digits", tuple(str(name) for name in bunch.target_names), train, test)
-
-
-def _tfds(name: str, size: int, data_dir: Path, progress) -> Dataset:
-    import tensorflow_datasets as tfds
-
-    config = f"{name}/160px-v2" if name == "imagenette" else name
-    folder = data_dir / config
-    versions = sorted(p.parent for p in folder.glob("*/dataset_info.json"))
-    if not versions:
-        raise DataError(f"{name} is not prepared in {data_dir}; run: python -m experiments.prepare {name} (--dataset=digits needs nothing)")
-    builder = tfds.builder_from_directory(versions[-1])
-    test = next(split for split in ("test", "validation") if split in builder.info.splits)
-    arrays = []
-    for split in ("train", test):
-        source = builder.as_data_source(split)
-        images = np.empty((len(source), size, size, 3), np.uint8)
-        labels = np.empty(len(source), np.int32)
-        for row, record in enumerate(progress(source)):
-            images[row] = square(Image.fromarray(record["image"]), size)
-            labels[row] = record["label"]
-        arrays.append({"image": images, "label": labels})
-    return Dataset(name, tuple(builder.info.features["label"].names), *arrays)

@@ -31,7 +31,7 @@ def convolve(
 
 def _whole_map_product(images, kernel, strides, padding, output):
     """One product of flattened maps `[B, H*W*C]` with the block-Toeplitz matrix of the kernel."""
-    batch, height, width, channels = images.shape
+    batch, height, width = images.shape[:3]
     zero = jnp.zeros(kernel.shape[2:], kernel.dtype)
 
     def block(row, column, out_row, out_column):
@@ -58,11 +58,11 @@ def _patch_product(images, kernel, strides, padding, output):
 
 def _windows(padded, window, strides, output):
     """The `window[0] * window[1]` strided slices of `[B,H,W,C]`, in row-major order of the window."""
-    return [
-        padded[:, y : y + strides[0] * (output[0] - 1) + 1 : strides[0], x : x + strides[1] * (output[1] - 1) + 1 : strides[1]]
-        for y in range(window[0])
-        for x in range(window[1])
-    ]
+    rows, columns = (
+        [slice(at, at + stride * (count - 1) + 1, stride) for at in range(width)]
+        for width, stride, count in zip(window, strides, output, strict=True)
+    )
+    return [padded[:, row, column] for row in rows for column in columns]
 
 
 def max_pool(images: jax.Array) -> jax.Array:

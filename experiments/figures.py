@@ -1,0 +1,188 @@
+"""The figures of a run, as PNG in its workdir; no display is needed."""
+
+import io
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import matplotlib.style
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+import rotjax
+from rotjax.data import tasks
+from rotjax.errors import CheckpointError
+from rotjax.run import Plan
+
+NAMES: tuple[str, ...] = ("curves.png", "predictions.png", "confusion.png")
+SHOWN = 32  # images of predictions.png
+
+BLUE, VERMILLION, INK, GREY, FAINT = "#0072b2", "#d55e00", "#222222", "#666666", "#bbbbbb"  # Okabe and Ito's, and greys
+STYLE = {
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.h_pad": 0.06,
+    "figure.titlesize": 11,
+    "figure.titleweight": "bold",
+    "font.size": 9.5,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 1,
+}
+
+
+def draw(workdir: Path, plan: Plan, note: Callable[[str], None] = lambda line: None) -> None:
+    """Draws those of `NAMES` that the workdir of a finished run lacks; raises CheckpointError where it cannot write."""
+    makers = dict(zip(NAMES, (_curves, _predictions, _confusion), strict=True))
+    missing = [name for name in NAMES if not (workdir / name).exists()]
+    if missing:
+        note("drawing the figures")
+    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a class's name, which becomes a box
+        for name in missing:
+            save(makers[name](workdir, plan), workdir / name)
+
+
+def curves(rows: Sequence[dict], epoch_steps: int, falls: Sequence[int], title: str) -> Figure:
+    """Loss and accuracy over epochs of the epochs' `rows` of metrics.jsonl; the learning rate falls after epochs `falls`."""
+    epochs = np.array([row["step"] for row in rows]) / epoch_steps
+    marker = "o" if len(rows) <= 25 else ""
+    figure = _figure((8, 3.2), title)
+    panels = zip(figure.subplots(1, 2), ("loss", "accuracy"), ("Loss", "Accuracy in %"), (1, 100), strict=True)
+    for axes, key, name, unit in panels:
+        for split, colour, line in (("train", BLUE, "--"), ("test", VERMILLION, "-")):
+            values = unit * np.array([row[f"{split}_{key}"] for row in rows])
+            last = f"{split}, {values[-1]:.2f} at the end"
+            axes.plot(epochs, values, line, color=colour, marker=marker, markersize=3.5, label=last)
+        for number, fall in enumerate(falls):
+            label = "learning rate / 10" if number == 0 and key == "loss" else None
+            axes.axvline(fall, color=FAINT, linestyle=":", zorder=0, label=label)
+        axes.set(title=name, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.legend()
+    return figure
+
+
+def predictions(
+    images: np.ndarray, true: np.ndarray, predicted: np.ndarray, classes: Sequence[str], title: str, caption: str
+) -> Figure:
+    """`images` u8 `[N,H,H,3]`, eight to a row, each with what was predicted; the wrong ones framed, with what is true."""
+    lines = -(-len(images) // 8)
+    figure = _figure((8, 1.32 * lines + 0.6), title, caption, dpi=100)  # photographs do not compress: below 300 kB as it is
+    grid = figure.subplots(lines, 8, squeeze=False).flat
+    for axes in grid[len(images) :]:
+        axes.set_visible(False)
+    for axes, image, truth, guess in zip(grid, images, true, predicted, strict=False):
+        wrong = bool(truth != guess)
+        axes.imshow(image)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(visible=wrong, color=VERMILLION, linewidth=3)
+        said, so = _short(classes[int(guess)]), _short(classes[int(truth)])
+        text = f"{said} \N{BALLOT X}\nis {so}" if wrong else said
+        axes.set_xlabel(text, fontsize=8, color=VERMILLION if wrong else INK)
+    return figure
+
+
+def confusion(matrix: np.ndarray, classes: Sequence[str], title: str, caption: str) -> Figure:
+    """Counts `[true, predicted]`, shaded by their share of what is truly that class."""
+    count, names = len(classes), [_short(name) for name in classes]
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    figure = _figure((4.4, 4.6) if count <= 5 else (6.6, 6.6) if count <= 20 else (7.4, 6.6), title, caption)
+    axes = figure.subplots()
+    shades = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set(xlabel="predicted", ylabel="true")
+    if count <= 20:
+        for row, column in np.argwhere(matrix):
+            share = f"{shares[row, column]:.1%}\n" if count <= 5 else ""
+            colour = "white" if shares[row, column] > 0.55 else INK
+            text = f"{share}{matrix[row, column]:,}"
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9.5 if count <= 12 else 7)
+    else:
+        figure.colorbar(shades, label="share of the true class", shrink=0.7)
+    if count <= 50:
+        size = 9.5 if count <= 20 else 6
+        axes.set_xticks(range(count), names, fontsize=size)
+        axes.set_yticks(range(count), names, fontsize=size)
+        if count * max(map(len, names)) > 50:
+            for label in axes.get_xticklabels():
+                label.set(rotation=45, horizontalalignment="right", rotation_mode="anchor")
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes `figure` as a PNG of at most 256 colours, all of it or nothing; raises CheckpointError where it cannot."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    partial = path.with_name(path.name + ".partial")
+    try:
+        Image.open(drawn).convert("RGB").quantize(256).save(partial, format="png", optimize=True)
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written ({error.strerror}); the same command draws it again") from error
+
+
+def _curves(workdir: Path, plan: Plan) -> Figure:
+    recipe = plan.recipe
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    falls = [e for e in range(recipe.decay_epochs, recipe.epochs, recipe.decay_epochs) if e * plan.epoch_steps < plan.steps]
+    title = f"{_data(recipe)}: {recipe.backbone} learns to predict {_what(recipe)}"
+    return curves([row for row in rows if "test_loss" in row], plan.epoch_steps, falls, title)
+
+
+def _predictions(workdir: Path, plan: Plan) -> Figure:
+    model, variables, recipe = rotjax.load(workdir)
+    test, task = plan.data.test, tasks.random_turn if recipe.job == "rotation" else tasks.classify
+    spread = np.unique(np.linspace(0, len(test["label"]) - 1, SHOWN).astype(int))  # folders are in the order of classes
+    chosen = {key: value[spread] for key, value in test.items()}
+    (batch,) = rotjax.test_batches(chosen, task, len(spread), seed=recipe.seed)
+    logits = jax.jit(lambda variables, images: model.apply(variables, images, train=False))(variables, batch["image"])
+    predicted = np.argmax(logits, -1)
+    title = f"Predicted {_what(recipe)}: {(predicted == batch['label']).sum()} of {len(spread)} right"
+    turned = ", each turned counter-clockwise at random" if recipe.job == "rotation" else ""
+    caption = f"{_data(recipe)}: {len(spread)} of the {len(test['label']):,} test images, evenly spaced{turned}"
+    return predictions(batch["image"], batch["label"], predicted, recipe.classes, title, caption)
+
+
+def _confusion(workdir: Path, plan: Plan) -> Figure:
+    matrix = np.array(json.loads((workdir / "summary.json").read_text())["confusion"])
+    images = len(plan.data.test["label"])
+    views = f"all four turns of {images:,}" if plan.recipe.job == "rotation" else f"{images:,}"
+    title = f"Predicted {_what(plan.recipe)}: {np.trace(matrix) / matrix.sum():.2%} right"
+    return confusion(matrix, plan.recipe.classes, title, f"{_data(plan.recipe)}: {views} test images")
+
+
+def _figure(size: tuple[float, float], title: str, caption: str = "", dpi: int = 120) -> Figure:
+    figure = Figure(figsize=size, dpi=dpi)
+    figure.suptitle(title, x=0.01, ha="left")
+    if caption:
+        figure.supxlabel(caption, x=0.01, ha="left", color=GREY, fontsize=8.5)
+    return figure
+
+
+def _data(recipe: rotjax.Recipe) -> str:
+    return _short(Path(recipe.dataset).resolve().name, 40)
+
+
+def _what(recipe: rotjax.Recipe) -> str:
+    return "rotations" if recipe.job == "rotation" else "classes"
+
+
+def _short(name: str, limit: int = 16) -> str:
+    name = name.encode(errors="replace").decode()  # folders may have names that are not text
+    return name if len(name) <= limit else name[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"

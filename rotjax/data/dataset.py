@@ -1,0 +1,41 @@
+"""What a source of images comes to: arrays for training, arrays for testing, names of the classes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rotjax.data.batches import Arrays
+from rotjax.errors import DataError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """`train` and `test` are `{'image': u8[N,H,H,3], 'label': i32[N]}`; labels are -1 where there are no `classes`.
+
+    Raises DataError for arrays of other shapes or dtypes, an empty part, or a label that names no class.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Arrays
+    test: Arrays
+
+    def __post_init__(self):
+        for part, arrays in (("train", self.train), ("test", self.test)):
+            image, label = arrays["image"], arrays["label"]
+            where = f"the {part} images of {self.name}"
+            if image.dtype != np.uint8 or image.ndim != 4 or image.shape[1] != image.shape[2] or image.shape[3] != 3:
+                raise DataError(f"{where} are {image.dtype}{list(image.shape)}; they must be square RGB, uint8 [N,H,H,3]")
+            if image.shape[1] != self.image_size:
+                raise DataError(f"{where} are {image.shape[1]} px, for training {self.image_size}; they must be of one size")
+            if not len(image) or label.shape != (len(image),) or not np.issubdtype(label.dtype, np.integer):
+                labels = f"{label.dtype}{list(label.shape)}"
+                raise DataError(f"{where} are {len(image)}, their labels {labels}; give at least one, and one label each")
+            bad = np.flatnonzero((label < (0 if self.classes else -1)) | (label >= max(len(self.classes), 0)))
+            if len(bad):
+                raise DataError(f"{where}: label {label[bad[0]]} of image {bad[0]} is none of {len(self.classes)} classes")
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.train["image"].shape[1]

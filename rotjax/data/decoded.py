@@ -1,0 +1,176 @@
+"""Images decoded once: uint8 rows in a file that later runs map into memory, so that a large set needs little of it."""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rotjax.data.batches import Arrays
+from rotjax.errors import DataError
+
+Record = tuple[np.ndarray | str, int]  # pixels u8 [H,H,3], or why there are none; label
+
+DECODER = 1  # to be raised with every change of the pixels that a file gives
+IN_MEMORY = 10**9  # bytes up to which a set that cannot be stored is held in memory
+
+
+def decoded(
+    key: str, count: int, image_size: int, records: Iterable[Record], *, note: Callable[[str], None] = lambda line: None
+) -> tuple[Arrays, dict[int, str]]:
+    """`{'image': u8[N,H,H,3], 'label': i32[N]}`, read-only, of the records that have pixels; why the others have none.
+
+    The rows lie in `$XDG_CACHE_HOME/rotjax/decoded/<key>` (`~/.cache` unless set), in the order of `records`, which are
+    only asked for where nothing is stored under `key`; at most `count` are. The reasons go by the number of the record.
+    Raises DataError where the disk is too small, or cannot be written and the set is too large for memory.
+    """
+    what, needed = f"{count:,} images at {image_size} px", count * image_size**2 * 3
+    with ExitStack() as stack:
+        try:
+            folder = _home() / key
+            if (stored := _read(folder, image_size)) is not None:
+                return stored
+            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            stack.enter_context(_claimed(folder.with_name(f"{key}.lock"), note))
+        except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+            if needed >= IN_MEMORY:
+                raise DataError(
+                    f"no cache for {what} ({error}); set XDG_CACHE_HOME to a folder with {_size(needed)}"
+                ) from None
+            note(f"no cache ({error}); decoding {what} into {_size(needed)} of memory, on every run")
+            return _in_memory(image_size, records)
+        if (stored := _read(folder, image_size)) is not None:  # by the process that was waited for
+            return stored
+        try:
+            _make_room(folder, what, needed, note)
+            note(f"decoding {what} into a {_size(needed)} cache in {folder}")
+            _write(folder, image_size, records)
+        except OSError as error:
+            raise DataError(f"cannot decode into {folder} ({error}); set XDG_CACHE_HOME to another folder") from error
+        if (stored := _read(folder, image_size)) is None:
+            raise DataError(f"{folder} cannot be read back; set XDG_CACHE_HOME to another folder")
+        return stored
+
+
+def fingerprint(*facts: Any) -> str:
+    """A key for what `facts`, values of JSON's types, decide together with this version of the decoder."""
+    return hashlib.sha256(json.dumps([DECODER, *facts], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rotjax" / "decoded"
+
+
+def _read(folder: Path, image_size: int) -> tuple[Arrays, dict[int, str]] | None:
+    """What is stored, or None where there is nothing, or not all of it."""
+    try:
+        about = json.loads((folder / "metadata.json").read_text())
+        shape = (about["count"], image_size, image_size, 3)
+        dropped = {int(number): str(reason) for number, reason in about["dropped"].items()}
+        labels, path = np.load(folder / "label.npy", allow_pickle=False), folder / "image.raw"
+        if path.stat().st_size != math.prod(shape) or labels.shape != shape[:1] or labels.dtype != np.int32:
+            return None
+        images = np.memmap(path, np.uint8, "r", shape=shape) if len(labels) else np.empty(shape, np.uint8)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return _arrays(images, labels), dropped
+
+
+def _make_room(folder: Path, what: str, needed: int, note: Callable[[str], None]) -> None:
+    """Removes what is damaged, and what runs that died while decoding left: their locks are free. Raises DataError."""
+    if folder.exists():
+        note(f"{folder} is damaged; decoding again")
+        shutil.rmtree(folder)
+    shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)
+    for lock in folder.parent.glob("*.lock"):
+        with suppress(OSError), _claimed(lock):
+            shutil.rmtree(lock.with_suffix(".partial"), ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise DataError(
+            f"decoding {what} needs {_size(needed)} in {folder.parent}, where {_size(free)} are free; "
+            "make room, lower the image size, or set XDG_CACHE_HOME to a folder on another disk"
+        )
+
+
+def _write(folder: Path, image_size: int, records: Iterable[Record]) -> None:
+    """Writes all of `folder` or nothing."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        partial.mkdir(mode=0o700)
+        with open(partial / "image.raw", "wb") as file:
+            labels, dropped = _append(records, image_size, file.write)
+            file.flush()
+            os.fsync(file.fileno())
+        np.save(partial / "label.npy", labels, allow_pickle=False)
+        about = {"count": len(labels), "image_size": image_size, "dropped": dropped}
+        (partial / "metadata.json").write_text(json.dumps(about, indent=1) + "\n")
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _in_memory(image_size: int, records: Iterable[Record]) -> tuple[Arrays, dict[int, str]]:
+    buffer = bytearray()
+    labels, dropped = _append(records, image_size, buffer.extend)
+    return _arrays(np.frombuffer(buffer, np.uint8).reshape(-1, image_size, image_size, 3), labels), dropped
+
+
+def _append(records: Iterable[Record], image_size: int, write: Callable[[bytes], Any]) -> tuple[np.ndarray, dict[int, str]]:
+    """Gives the pixels of each record to `write`; the labels of those that have some, and why the others have none."""
+    labels, dropped = [], {}
+    for number, (pixels, label) in enumerate(records):
+        if isinstance(pixels, str):
+            dropped[number] = pixels
+            continue
+        if pixels.shape != (image_size, image_size, 3) or pixels.dtype != np.uint8:
+            raise ValueError(f"record {number} is {pixels.dtype} {pixels.shape}, not uint8 {(image_size, image_size, 3)}")
+        write(pixels.tobytes())
+        labels.append(label)
+    return np.array(labels, np.int32), dropped
+
+
+def _arrays(images: np.ndarray, labels: np.ndarray) -> Arrays:
+    arrays = {"image": np.asarray(images), "label": labels}
+    for array in arrays.values():
+        array.flags.writeable = False
+    return arrays
+
+
+@contextmanager
+def _claimed(path: Path, note: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Holds the lock file `path`, waiting where another process does; without a `note` raises BlockingIOError instead."""
+    while True:
+        with open(path, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if note is None:
+                    raise
+                note("waiting for another process that decodes the same images")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _names(path, file.fileno()):
+                continue  # whoever held it was done and has removed it
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _names(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

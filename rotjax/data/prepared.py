@@ -1,0 +1,240 @@
+"""Data sets that TFDS has prepared as array_record, read without TensorFlow. Import it where needed: TFDS takes a while."""
+
+import difflib
+import io
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from rotjax.data.batches import Arrays
+from rotjax.data.dataset import Dataset
+from rotjax.data.sources import square
+from rotjax.errors import DataError, RotjaxError, UsageError
+
+IMAGENETTE = {"160px-v2": 160, "320px-v2": 320, "full-size-v2": 512}  # the shorter sides in pixels, of the last about
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # that an image of TFDS may be encoded in
+NAME = re.compile(r"[A-Za-z_]\w*(/\w[\w.+-]*)?", re.ASCII)
+
+Builder = tfds.core.DatasetBuilder
+
+
+def load(
+    name: str,
+    image_size: int,
+    data_dir: str | Path | None = None,
+    progress: Callable[[Iterable], Iterable] = iter,
+    note: Callable[[str], None] = lambda line: None,
+) -> Dataset:
+    """The data set `name`, or `name/config`, prepared in `data_dir`, as images `[N,image_size,image_size,3]`.
+
+    The split `train` is trained on, `test` or else `validation` tested on; a set that has neither gets a tenth of each
+    class held out, always the same, and `note` says so. Without a feature `label` there are no classes. Raises UsageError
+    for a name that is none, DataError for a set that is not prepared, is damaged, or is not of images.
+    """
+    name = qualified(name, image_size)
+    folder = _newest(name, home(data_dir))
+    builder = opened(folder)
+    classes = _classes(builder)
+    splits = builder.info.splits
+    if "train" not in splits:
+        raise DataError(f"{folder} has no split train, only {', '.join(splits) or 'none'}; name another data set")
+    parts = [_arrays(builder, "train", len(classes), image_size, progress)]
+    if test := next((split for split in ("test", "validation") if split in splits), None):
+        parts.append(_arrays(builder, test, len(classes), image_size, progress))
+    else:
+        held_out = _tenth(parts[0]["label"])
+        parts = [{key: value[rows] for key, value in parts[0].items()} for rows in (~held_out, held_out)]
+        note(
+            f"{name} has no test split: {held_out.sum():,} of its {len(held_out):,} images, a tenth of each class, are held out"
+        )
+    return Dataset(name, classes, *parts)
+
+
+def home(data_dir: str | Path | None) -> Path:
+    """TFDS's folder of prepared data sets: `data_dir`, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`."""
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def qualified(name: str, image_size: int) -> str:
+    """`name`, with the smallest config that has enough pixels where it is imagenette."""
+    if name != "imagenette":
+        return name
+    return f"{name}/{next((config for config, side in IMAGENETTE.items() if side >= image_size), 'full-size-v2')}"
+
+
+def command(name: str, data_dir: Path) -> str:
+    """What to type to have `name` prepared in `data_dir`."""
+    kind, _, config = name.partition("/")
+    elsewhere = data_dir != home(None)
+    if name == "cifar10" or (kind == "imagenette" and config in IMAGENETTE):
+        size = f" --image_size={IMAGENETTE[config]}" if config not in ("", "160px-v2") else ""
+        return f"python -m experiments.prepare {kind}{size}" + (
+            f" --data_dir={shlex.quote(str(data_dir))}" if elsewhere else ""
+        )
+    return (  # TFDS's own command line, `tfds build`, asks for more packages still
+        f"{f'TFDS_DATA_DIR={shlex.quote(str(data_dir))} ' if elsewhere else ''}uv run --no-project --python=3.12 "
+        '--with=tensorflow-datasets --with=tensorflow --with=importlib-resources python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', file_format='array_record').download_and_prepare()\""
+    )
+
+
+def opened(folder: Path) -> Builder:
+    """The reader of the set in `folder`, `.../name/version`; raises DataError where it is damaged or not array_record."""
+    remedy = f"remove {folder} and prepare it again"
+    try:
+        builder = tfds.builder_from_directory(folder)
+        formats = {kind.value for kind in builder.info.available_file_formats()}
+        shards = [path for split in builder.info.splits.values() for path in split.filepaths]
+    except Exception as error:  # of protobuf, of json, of TFDS: whatever a damaged description leads to
+        raise DataError(f"{folder} has no readable dataset_info.json and features.json ({error}); {remedy}") from error
+    if "array_record" not in formats:
+        kinds = ", ".join(sorted(formats)) or "an unknown format"
+        raise DataError(f"{folder} is prepared as {kinds}, which takes TensorFlow to read; {remedy} as array_record")
+    if missing := next((path for path in shards if not path.is_file()), None):
+        raise DataError(f"{missing} is missing; {remedy}")
+    return builder
+
+
+def _newest(name: str, data_dir: Path) -> Path:
+    """The folder of the newest version of `name`, of its default config where it has configs and none is named."""
+    if not NAME.fullmatch(name):
+        raise _unknown(name)
+    versions = _versions(data_dir / name)
+    if not versions and "/" not in name and (configs := _configs(name)):
+        name = f"{name}/{configs[0]}"
+        versions = _versions(data_dir / name)
+    if not versions:
+        raise _absent(name, data_dir)
+    return data_dir / name / max(versions, key=tfds.core.Version)
+
+
+def _versions(folder: Path) -> list[str]:
+    """Names of the versions in `folder`; what a preparation that broke off has left is called otherwise."""
+    return [name for name in _folders(folder) if tfds.core.Version.is_valid(name)]
+
+
+def _folders(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir() if path.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}); name another --data_dir") from error
+
+
+def _configs(kind: str) -> list[str]:
+    """Names of the configs of TFDS's set `kind`, the default one first; raises UsageError where TFDS knows no such set."""
+    if kind not in _catalogue():
+        raise _unknown(kind)
+    try:
+        builder = tfds.builder_cls(kind)
+    except ImportError:  # of a package that only preparing it takes
+        return []
+    default = builder.default_builder_config
+    return sorted(builder.builder_configs, key=lambda config: config != default.name) if default else []
+
+
+def _catalogue() -> list[str]:
+    return tfds.list_builders(with_community_datasets=False)  # the community's would be asked for over the network
+
+
+def _unknown(name: str) -> UsageError:
+    known = ["digits", *_catalogue()]
+    nearest = difflib.get_close_matches(name.lower().partition("/")[0], known)
+    hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
+    return UsageError(f"{name!r} is neither a folder nor a data set that TFDS knows{hint}; name one, or an existing folder")
+
+
+def _absent(name: str, data_dir: Path) -> RotjaxError:
+    kind, _, config = name.partition("/")
+    configs = _configs(kind)
+    if config and config not in configs:
+        nearest = difflib.get_close_matches(config, configs) or configs[:5]
+        hint = f"; nearest: {', '.join(nearest)}" if nearest else ", it has none"
+        return UsageError(f"{config!r} is no config of {kind}{hint}")
+    there = [f"{kind}/{other}" for other in _folders(data_dir / kind) if _versions(data_dir / kind / other)]
+    where = str(data_dir) if data_dir.is_dir() else f"{data_dir}, which does not exist"
+    others = f" ({', '.join(there)} is)" if there else ""
+    return DataError(
+        f"{name} is not prepared in {where}{others}; run: {command(name, data_dir)} (--dataset=digits needs nothing)"
+    )
+
+
+def _classes(builder: Builder) -> tuple[str, ...]:
+    """Names of the classes, none where nothing is labelled; raises DataError for a set that is not of images."""
+    features, where = builder.info.features, builder.data_path
+    names = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items())
+    image = features["image"] if "image" in features else None
+    if not isinstance(image, tfds.features.Image):
+        raise DataError(f"{where} has no feature image of images, only {names}; name another data set")
+    if image.np_dtype != np.uint8:
+        raise DataError(f"the images of {where} are {np.dtype(image.np_dtype)}, not uint8; name another data set")
+    if "label" not in features:
+        return ()
+    label = features["label"]
+    if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
+        raise DataError(f"the label of {where} is no class ({names}); name another data set")
+    if len(label.names) != label.num_classes:
+        names = f"{where / 'label.labels.txt'} has {len(label.names)} names for {label.num_classes} classes"
+        raise DataError(f"{names}; remove {where} and prepare it again")
+    return tuple(label.names)
+
+
+def _arrays(builder: Builder, split: str, classes: int, image_size: int, progress: Callable) -> Arrays:
+    """All of `split`, decoded: `{'image': u8[N,H,H,3], 'label': i32[N]}`."""
+    count = builder.info.splits[split].num_examples
+    if not count:
+        raise DataError(f"the split {split} of {builder.data_path} has no images; name another data set")
+    images, labels = np.empty((count, image_size, image_size, 3), np.uint8), np.empty(count, np.int32)
+    for row, (image, label) in enumerate(_records(builder, split, classes, image_size, progress)):
+        images[row], labels[row] = image, label
+    return {"image": images, "label": labels}
+
+
+def _records(
+    builder: Builder, split: str, classes: int, image_size: int, progress: Callable
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Pixels u8 `[H,H,3]` and label of each record; raises DataError for the first that is damaged."""
+    keys = ("image", "label") if classes else ("image",)
+    features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in keys})
+    # Decoded by Pillow whatever TFDS finds installed: OpenCV gives other pixels for the same JPEG.
+    decoders: dict[str, Any] = {"image": tfds.decode.SkipDecoding()}
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    source = builder.as_data_source(split, deserialize_method=raw, file_format="array_record")
+    for index in progress(range(len(source))):
+        try:
+            record = features.deserialize_example_np(source[index], decoders=decoders)
+            with Image.open(io.BytesIO(record["image"]), formats=FORMATS) as image:
+                pixels = square(image, image_size)
+        except Exception as error:  # of array_record, protobuf or Pillow, which on damaged bytes raise nearly anything
+            shard = _shard(builder, split, index)
+            reason = f"{shard} is damaged at record {index} of {split} ({error})"
+            raise DataError(f"{reason}; remove {shard.parent} and prepare it again") from error
+        label = record["label"] if classes else -1
+        if classes and not 0 <= label < classes:
+            where = f"record {index} of {split} in {builder.data_path}"
+            raise DataError(f"{where} has label {label}, which is none of {classes} classes; name another data set")
+        yield pixels, label
+
+
+def _shard(builder: Builder, split: str, index: int) -> Path:
+    """The file that holds record `index` of `split`."""
+    info = builder.info.splits[split]
+    return Path(info.filepaths[np.searchsorted(np.cumsum(info.shard_lengths), index, side="right")])
+
+
+def _tenth(labels: np.ndarray) -> np.ndarray:
+    """A mask `[N]` with a tenth of each class, of two or more images at least one; the same for the same labels."""
+    order = np.random.Generator(np.random.Philox(key=0)).permutation(len(labels))
+    mask = np.zeros(len(labels), bool)
+    for kind in np.unique(labels):
+        rows = order[labels[order] == kind]
+        mask[rows[: max(len(rows) // 10, int(len(rows) > 1))]] = True
+    return mask

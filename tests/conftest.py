@@ -1,0 +1,28 @@
+"""Tests run on one CPU device, and share a cache of compiled programs with the commands that they start."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+CACHE = Path(__file__).parents[1] / ".cache" / "compiled"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's cache of decoded images."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def images():
+    """48 random images of 8x8 in 3 classes."""
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (48, 8, 8, 3), dtype=np.uint8),
+        "label": np.arange(48, dtype=np.int32) % 3,
+    }

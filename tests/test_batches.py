@@ -1,0 +1,121 @@
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rotjax.data import augmentation, batches, sources, tasks
+from rotjax.errors import UsageError
+
+
+def numbered(count, size=8):
+    """Images whose every pixel is their own index."""
+    image = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, size, size, 3))
+    return {"image": image.copy(), "label": np.arange(count, dtype=np.int32)}
+
+
+def centres(batch):
+    return batch["image"][:, 4, 4, 0]
+
+
+def test_each_pass_has_every_image_once_in_a_new_order_and_batches_straddle_passes():
+    stream = batches.train_batches(numbered(50), tasks.classify, 8, 25, seed=3)
+    seen = np.concatenate([stream[t]["label"] for t in range(25)])
+    passes = seen.reshape(4, 50)
+    for one in passes:
+        np.testing.assert_array_equal(np.sort(one), np.arange(50))
+    assert all((a != b).any() for a, b in itertools.combinations(passes, 2))
+    np.testing.assert_array_equal(seen, np.concatenate([centres(stream[t]) for t in range(25)]))
+
+
+@pytest.mark.parametrize("task", [tasks.classify, tasks.random_turn, tasks.all_turns])
+def test_a_batch_is_a_function_of_seed_and_step(images, task):
+    def stream(seed):
+        return batches.train_batches(images, task, 8, 40, seed=seed)
+
+    reader = batches.read(stream(1), start=17, threads=2)
+    for t in (17, 18, 19):
+        later, again = stream(1)[t], next(reader)
+        for key in later:
+            np.testing.assert_array_equal(later[key], again[key])
+    reader.close()
+    assert (stream(1)[17]["image"] != stream(2)[17]["image"]).any()
+
+
+def test_what_happens_to_an_image_does_not_depend_on_the_batch_size(images):
+    small = batches.train_batches(images, tasks.random_turn, 6, 80, seed=5)
+    large = batches.train_batches(images, tasks.random_turn, 24, 20, seed=5)
+    for key in ("image", "label"):
+        joined = np.concatenate([small[t][key] for t in range(80)])
+        np.testing.assert_array_equal(joined, np.concatenate([large[t][key] for t in range(20)]))
+
+
+def test_crops_are_windows_of_the_padded_image_mirrored_half_of_the_time(images):
+    stream = batches.train_batches(images, tasks.classify, 48, 40, seed=0)
+    padded = np.pad(images["image"], ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = {
+        padded[i, y : y + 8, x : x + 8][:, ::step].tobytes(): (y, x, step)
+        for i, y, x, step in itertools.product(range(48), range(3), range(3), (1, -1))
+    }
+    found = [windows[image.tobytes()] for t in range(40) for image in stream[t]["image"]]
+    counts = np.unique(np.array(found), axis=0, return_counts=True)[1]
+    assert len(counts) == 18
+    assert abs(counts - len(found) / 18).max() < 5 * (len(found) / 18) ** 0.5
+    plain = batches.train_batches(images, tasks.classify, 48, 4, seed=0, flip=False)
+    assert {windows[image.tobytes()][2] for t in range(4) for image in plain[t]["image"]} == {1}
+
+
+def test_turns_are_right_and_equally_likely(images):
+    upright = batches.train_batches(images, tasks.classify, 48, 50, seed=0)
+    turned = batches.train_batches(images, tasks.random_turn, 48, 50, seed=0)
+    for t in range(50):
+        for before, after, k in zip(upright[t]["image"], turned[t]["image"], turned[t]["label"], strict=True):
+            np.testing.assert_array_equal(after, np.rot90(before, k))
+    turns = np.concatenate([turned[t]["label"] for t in range(50)])
+    assert abs(np.bincount(turns, minlength=4) - 600).max() < 5 * 600**0.5
+    repeated = turns.reshape(50, 48)
+    assert all((a != b).any() for a, b in itertools.pairwise(repeated))
+
+
+def test_draws_are_the_same_in_jax_and_independent_between_streams():
+    index = np.arange(4096)
+    words = [augmentation.draw(stream, 7, 3, index) for stream in range(4)]
+    for stream, word in enumerate(words):
+        np.testing.assert_array_equal(word, augmentation.draw(stream, 7, jnp.asarray(3), jnp.asarray(index)))
+        assert 0.48 < np.mean(word >> 31) < 0.52
+    signs = np.array([(word >> 31).astype(float) - 0.5 for word in words])
+    assert abs(np.corrcoef(signs) - np.eye(4)).max() < 0.08
+    assert set(augmentation.below(9, words[0]).tolist()) == set(range(9))
+
+
+@pytest.mark.parametrize(("task", "views"), [(tasks.classify, 1), (tasks.random_turn, 1), (tasks.all_turns, 4)])
+def test_evaluation_pads_the_last_batch_with_weight_zero(task, views):
+    data = numbered(21)
+    stream = batches.test_batches(data, task, 8)
+    assert len(stream) == 3
+    assert {stream[t]["image"].shape for t in range(3)} == {(8 * views, 8, 8, 3)}
+    kept = np.concatenate([centres(b)[b["weight"] > 0] for b in (stream[t] for t in range(3))])
+    np.testing.assert_array_equal(kept, np.repeat(np.arange(21), views))
+
+
+def test_a_test_image_is_turned_anew_every_epoch_and_alike_for_every_batch_size():
+    data = numbered(64)
+    first, second = (batches.test_batches(data, tasks.random_turn, 64, seed=1, epoch=e)[0]["label"] for e in (1, 2))
+    assert (first != second).any()
+    small = batches.test_batches(data, tasks.random_turn, 16, seed=1, epoch=1)
+    np.testing.assert_array_equal(first, np.concatenate([small[t]["label"] for t in range(4)]))
+
+
+@pytest.mark.parametrize("size", [0, -1, 49])
+def test_a_batch_that_does_not_fit_is_refused(images, size):
+    with pytest.raises(UsageError, match="does not fit"):
+        batches.train_batches(images, tasks.classify, size, 1, seed=0)
+
+
+def test_subsets_are_stratified_seeded_and_nested(images):
+    five, ten = (sources.subset(images["label"], k, seed=1) for k in (5, 10))
+    np.testing.assert_array_equal(np.bincount(images["label"][ten]), [10, 10, 10])
+    assert set(five) < set(ten)
+    assert set(five) != set(sources.subset(images["label"], 5, seed=2))
+    with pytest.raises(UsageError, match="--subset=17 is more than the 16 images"):
+        sources.subset(images["label"], 17, seed=1)

@@ -1,0 +1,144 @@
+"""The commands as a person calls them: what they leave behind, and what they refuse, with which exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rotjax
+from experiments import command
+
+TINY = ["--dataset=digits", "--stem=cifar", "--image_size=8", "--width=4", "--max_steps=4"]
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path, capsys):
+    """Calls a command in an empty folder: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "no-such-folder"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(job, *words):
+        monkeypatch.setattr(sys, "argv", [job, *words])
+        try:
+            code = command.main({"rotation": rotjax.Rotation, "classification": rotjax.Classification}[job])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_whole_job_on_the_embedded_digits(tmp_path):
+    def run(job, *words):
+        line = [sys.executable, "-m", f"experiments.{job}", *TINY, *words]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        return done.stdout
+
+    said = run("rotation")
+    (workdir,) = (tmp_path / "runs").iterdir()
+    assert workdir.name.startswith("rotation-digits-resnet18-")
+    names = {path.name for path in workdir.iterdir() if not path.name.startswith(".")}
+    assert {"recipe.json", "metrics.jsonl", "summary.json", "checkpoints"} < names
+    assert sum(name.endswith(".png") for name in names) == 3
+    assert str(workdir.relative_to(tmp_path)) in said
+    words = [word for word in TINY if "stem" not in word and "width" not in word]
+    line = [
+        sys.executable,
+        "-m",
+        "experiments.classification",
+        *words,
+        f"--pretrained={workdir}",
+        "--trainable=head",
+        "--workdir=mine",
+    ]
+    done = subprocess.run(
+        line,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    summary = json.loads((tmp_path / "mine/summary.json").read_text())
+    assert 0 <= summary["accuracy"] <= 1 and summary["stem"] == "cifar" and summary["steps"] == 4
+    assert "taken from rotation-digits-resnet18" in done.stdout
+
+
+USAGE = [
+    (["--backbone=resnet19"], "resnet18"),
+    (["--dataset=nothing-like-it"], "nothing-like-it"),
+    (["--dataset=./nowhere"], "nowhere"),
+    (["--stem=vgg"], "imagenet"),
+    (["--bachbone=resnet18"], "backbone"),
+    (["stray"], "stray"),
+    (["--epochs=-1"], "--epochs"),
+    (["--epochs=0"], "--epochs"),
+    (["--epochs=many"], "epochs"),
+    (["--max_steps=0"], "--max_steps"),
+    (["--batch_size=0"], "--batch_size"),
+    (["--batch_size=1439"], "--batch_size=1439"),
+    (["--learning_rate=nan"], "--learning_rate"),
+    (["--learning_rate=0"], "--learning_rate"),
+    (["--learning_rate=inf"], "--learning_rate"),
+    (["--weight_decay=-0.1"], "--weight_decay"),
+    (["--decay_epochs=0"], "--decay_epochs"),
+    (["--seed=-1"], "--seed"),
+    (["--image_size=16"], "--image_size=16"),
+    (["--width=1"], "--width"),
+    (["--std", "0", "1", "1", "--mean", "0", "0", "0"], "--std"),
+    (["--mean", "0", "0", "0"], "--std"),
+    (["--log_steps=0"], "--log_steps"),
+    (["--checkpoint_seconds=nan"], "--checkpoint_seconds"),
+    (["--dtype=int8"], "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), USAGE, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_usage_is_refused_with_2_and_leaves_nothing(call, tmp_path, words, named):
+    dataset = [] if any("dataset" in word for word in words) else ["--dataset=digits"]
+    code, out, err = call("rotation", *dataset, *words)
+    assert code == 2
+    assert named in out + err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--subset=0"], ["--subset=999"], ["--trainable=stage4"], ["--frozen_statistics=maybe"]])
+def test_bad_usage_of_the_classification_is_refused_with_2(call, tmp_path, words):
+    code, out, err = call("classification", "--dataset=digits", *words)
+    assert code == 2 and words[0].split("=")[0].strip("-") in out + err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenette", "svhn_cropped"])
+def test_data_that_is_not_prepared_is_3_with_the_command_to_run(call, tmp_path, name):
+    code, out, err = call("rotation", f"--dataset={name}")
+    assert code == 3 and out == ""
+    assert len(err.splitlines()) == 1 and len(err) < 400
+    assert name in err and "--dataset=digits" in err
+    assert ("python -m experiments.prepare" in err) == (name != "svhn_cropped")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pretrained_run_that_is_not_there_is_4(call, tmp_path):
+    code, _, err = call("classification", "--dataset=digits", "--pretrained=nowhere")
+    assert code == 4 and "nowhere" in err and len(err.splitlines()) == 1
+    (tmp_path / "empty").mkdir()
+    code, _, err = call("classification", "--dataset=digits", "--pretrained=empty")
+    assert code == 4 and "no recipe.json" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_help_says_the_defaults_of_the_report_and_of_the_data_sets(call):
+    code, out, _ = call("rotation", "--help")
+    assert code == 0
+    for words in ("--learning_rate", "0.01; digits 0.001", "(default: 45; digits 8)", "--rotations", "--workdir"):
+        assert words in " ".join(out.split()), words
+    assert "None" not in out and "--classes" not in out

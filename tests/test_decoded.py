@@ -1,0 +1,198 @@
+"""The cache of decoded images: stored once, whole or not at all, found again, and never trusted when it is not whole."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from rotjax.data.decoded import decoded, fingerprint
+from rotjax.errors import DataError
+
+SIZE = 8
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, SIZE, SIZE, 3), np.uint8)
+KEY = fingerprint("test")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "rotjax" / "decoded"
+
+
+def records():
+    yield from zip(PIXELS[:3], (7, 8, 9), strict=True)
+    yield "truncated", 9
+    yield from zip(PIXELS[3:], (-1, 0), strict=True)
+
+
+def never():
+    raise AssertionError("decoded again")
+    yield
+
+
+def check(result):
+    arrays, dropped = result
+    np.testing.assert_array_equal(arrays["image"], PIXELS)
+    np.testing.assert_array_equal(arrays["label"], np.array([7, 8, 9, -1, 0], np.int32))
+    assert arrays["label"].dtype == np.int32
+    assert not arrays["image"].flags.writeable and not arrays["label"].flags.writeable
+    assert dropped == {3: "truncated"}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_stored_once_and_mapped(home):
+    notes = []
+    check(decoded(KEY, 6, SIZE, records(), note=notes.append))
+    assert notes == [f"decoding 6 images at 8 px into a 0.0 MB cache in {home / KEY}"]
+    result = decoded(KEY, 6, SIZE, never(), note=notes.append)
+    check(result)
+    assert isinstance(result[0]["image"].base, np.memmap) and len(notes) == 1
+    assert names(home) == [KEY]
+    with pytest.raises(AssertionError, match="decoded again"):
+        decoded(fingerprint("other"), 6, SIZE, never())
+
+
+def test_key_depends_on_every_fact():
+    facts = [("a", 1), ("a", 2), ("b", 1), ("a",), ("a", "1"), (["a", 1],)]
+    assert len({fingerprint(*fact) for fact in facts}) == len(facts)
+    assert fingerprint("a\udcff", {"x": 1, "y": 2}) == fingerprint("a\udcff", {"y": 2, "x": 1})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: os.truncate(folder / "image.raw", 100),
+        lambda folder: os.truncate(folder / "image.raw", 10_000),
+        lambda folder: (folder / "image.raw").unlink(),
+        lambda folder: os.truncate(folder / "label.npy", 0),
+        lambda folder: os.truncate(folder / "label.npy", 140),
+        lambda folder: np.save(folder / "label.npy", np.zeros(4, np.int32)),
+        lambda folder: np.save(folder / "label.npy", np.zeros(5)),
+        lambda folder: np.save(folder / "label.npy", np.array([{}] * 5), allow_pickle=True),
+        lambda folder: (folder / "metadata.json").unlink(),
+        lambda folder: (folder / "metadata.json").write_text(""),
+        lambda folder: (folder / "metadata.json").write_text("[]"),
+        lambda folder: (folder / "metadata.json").write_text('{"count": "5", "dropped": {}}'),
+        lambda folder: (folder / "metadata.json").write_text('{"count": 5, "dropped": 1}'),
+    ],
+)
+def test_damage_is_noticed_and_mended(home, damage):
+    check(decoded(KEY, 6, SIZE, records()))
+    damage(home / KEY)
+    notes = []
+    check(decoded(KEY, 6, SIZE, records(), note=notes.append))
+    assert notes[0] == f"{home / KEY} is damaged; decoding again"
+    check(decoded(KEY, 6, SIZE, never()))
+    assert names(home) == [KEY]
+
+
+def test_killed_while_decoding(home):
+    """Another process decodes, this one waits for it, it is killed: this one decodes, and nothing is left of the other."""
+    program = f"""
+import sys, threading, time, numpy as np
+from rotjax.data.decoded import decoded
+def records():
+    yield np.zeros(({SIZE}, {SIZE}, 3), np.uint8), 0
+    print("decoding", flush=True)
+    time.sleep(600)
+for key in sys.argv[1:]:
+    threading.Thread(target=decoded, args=(key, 6, {SIZE}, records())).start()
+"""
+    keys = [KEY, fingerprint("never asked for again")]
+    process = subprocess.Popen([sys.executable, "-c", program, *keys], stdout=subprocess.PIPE)
+    waiting, notes = threading.Event(), []
+
+    def note(line):
+        notes.append(line)
+        waiting.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            assert process.stdout and [process.stdout.readline() for _ in keys] == [b"decoding\n"] * 2
+            result = pool.submit(decoded, KEY, 6, SIZE, records(), note=note)
+            assert waiting.wait(60)
+            assert not result.done() and {f"{key}.partial" for key in keys} <= set(names(home))
+        finally:
+            process.kill()
+            process.communicate()
+        check(result.result(60))
+    assert process.returncode == -signal.SIGKILL
+    assert notes[0] == "waiting for another process that decodes the same images" and "damaged" not in "".join(notes)
+    assert names(home) == [KEY]
+
+
+def test_two_at_once_decode_once():
+    both, asked = threading.Barrier(2), []
+
+    def counted():
+        asked.append(1)
+        yield from records()
+
+    def ask():
+        both.wait()
+        return decoded(KEY, 6, SIZE, counted())
+
+    with ThreadPoolExecutor(2) as pool:
+        for result in [pool.submit(ask) for _ in range(2)]:
+            check(result.result())
+    assert len(asked) == 1
+
+
+def test_a_failed_decode_leaves_nothing(home):
+    def failing():
+        yield PIXELS[0], 0
+        raise DataError("the archive is damaged")
+
+    with pytest.raises(DataError, match="archive"):
+        decoded(KEY, 6, SIZE, failing())
+    with pytest.raises(ValueError, match=r"record 0 is float64 .*not uint8"):
+        decoded(KEY, 6, SIZE, [(np.zeros((SIZE, SIZE, 3)), 0)])
+    assert names(home) == []
+
+
+def test_too_little_room(home, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2_000_000_000))
+    with pytest.raises(DataError, match=r"100,000 images at 224 px needs 15\.1 GB in .*, where 2\.0 GB are free"):
+        decoded(KEY, 100_000, 224, never())
+    assert names(home) == []
+
+
+def test_disk_that_fills_up(home):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(DataError, match="cannot decode into"):
+            decoded(KEY, 1000, SIZE, ((PIXELS[0], 0) for _ in range(1000)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(home) == []
+
+
+def test_no_cache_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        notes = []
+        check(decoded(KEY, 6, SIZE, records(), note=notes.append))
+        assert len(notes) == 1 and "into 0.0 MB of memory" in notes[0]
+    with pytest.raises(DataError, match=r"no cache for 10,000 images at 224 px .*XDG_CACHE_HOME.*1\.5 GB"):
+        decoded(KEY, 10_000, 224, never())
+
+
+def test_nothing_readable():
+    for source in ([("empty", 0), ("empty", 1)], never()):
+        arrays, dropped = decoded(KEY, 2, SIZE, source)
+        assert arrays["image"].shape == (0, SIZE, SIZE, 3) and arrays["label"].shape == (0,)
+        assert dropped == {0: "empty", 1: "empty"}

@@ -1,0 +1,209 @@
+"""What a person sees of a run: progress, summary, figures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import rotjax
+from experiments import figures, report
+from rotjax.errors import CheckpointError
+
+SUMMARY = {
+    "rotation_accuracy": 0.787712,
+    "rotation_accuracy_random": 0.7841,
+    "confusion": [[7900, 700, 700, 700]] * 4,
+    "images_per_second": 1234.5,
+    "epochs": 45,
+    "steps": 17550,
+    "dataset": "cifar10",
+    "train_images": 50000,
+    "backbone": "resnet18",
+    "stem": "imagenet",
+    "seed": 3,
+    "device": "1 x cpu",
+    "wall_seconds": 4500.0,
+    "resumed_from": None,
+}
+
+
+def arrays(count, classes, seed):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count, dtype=np.int32) % classes
+    images = rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    images[:, :4] //= 4  # up is darker, which a rotation can be told by
+    return {"image": images, "label": labels}
+
+
+def plan(recipe, classes=("$cat$", "\u732b\udc80", "a class with a very long name"), **options):
+    options |= dict(stem="cifar", width=8, image_size=16, batch_size=8, epochs=2, decay_epochs=1, dataset="pets")
+    count = len(classes) or 1
+    data = rotjax.Dataset("pets", classes, arrays(16, count, 0), arrays(13, count, 1))
+    return rotjax.plan(recipe(**options), data=data)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A rotation and a classification on random images: workdir, plan and rows of each."""
+    folder = tmp_path_factory.mktemp("runs")
+    plans = plan(rotjax.Rotation), plan(rotjax.Classification, trainable="head")  # compiles in half the time
+    found = {}
+    for this in plans:
+        workdir = folder / this.recipe.job
+        found[this.recipe.job] = workdir, this, list(rotjax.train(this, workdir, log_steps=1))
+        figures.draw(workdir, this)
+    return found
+
+
+@pytest.mark.parametrize("job", ["rotation", "classification"])
+def test_figures_of_a_run(runs, job):
+    workdir, this, _ = runs[job]
+    for name in figures.NAMES:
+        path = workdir / name
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+            assert 400 <= image.width <= 1000 and 150 <= image.height <= 1000
+            assert np.asarray(image.convert("L"), float).std() > 5
+        assert path.stat().st_size < 300_000
+    before = {path: path.read_bytes() for path in workdir.glob("*.*")}
+    (workdir / "curves.png").unlink()
+    times = {path: path.stat().st_mtime_ns for path in workdir.glob("*.*")}
+    figures.draw(workdir, this)
+    assert {path: path.read_bytes() for path in workdir.glob("*.*")} == before, "drawn again, to the same bytes"
+    assert all(path.stat().st_mtime_ns == then for path, then in times.items()), "what was there was left alone"
+
+
+def test_a_figure_of_noise_stays_small(tmp_path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (32, 128, 128, 3), dtype=np.uint8), rng.integers(0, 4, 32)
+    figures.save(figures.predictions(images, labels, labels[::-1], "abcd", "title", "caption"), tmp_path / "noise.png")
+    assert 100_000 < (tmp_path / "noise.png").stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("count", [2, 10, 37, 60])
+def test_confusion_shows_names_and_counts_where_there_is_room(count):
+    matrix = np.full((count, count), 3) + 1000 * np.eye(count, dtype=int)
+    matrix[0] = 0  # a class without a test image
+    axes = figures.confusion(matrix, [f"class {k}" for k in range(count)], "title", "caption").axes[0]
+    texts = [text.get_text() for text in axes.texts]
+    assert any("1,003" in text for text in texts) == (count <= 20)
+    assert any("%" in text for text in texts) == (count == 2)
+    assert (axes.get_yticklabels()[1].get_text() == "class 1") == (count <= 50)
+
+
+def test_curves_show_the_rows():
+    keys = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
+    values = [(2, 3, 0.1, 0.125), (1, 1.5, 0.2, 0.25), (0.5, 1, 0.3, 0.375)]
+    rows = [{"step": 10 * epoch} | dict(zip(keys, row, strict=True)) for epoch, row in enumerate(values, 1)]
+    panels = figures.curves(rows, 10, [2], "title").axes
+    loss, accuracy = ([np.transpose(line.get_xydata()) for line in axes.lines] for axes in panels)
+    np.testing.assert_allclose(loss[:2], [[[1, 2, 3], [2, 1, 0.5]], [[1, 2, 3], [3, 1.5, 1]]])
+    np.testing.assert_allclose(accuracy[:2], [[[1, 2, 3], [10, 20, 30]], [[1, 2, 3], [12.5, 25, 37.5]]])
+    assert loss[2][0].tolist() == [2, 2], "where the learning rate falls"
+
+
+def test_predictions_mark_the_wrong_ones():
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    figure = figures.predictions(images, np.array([0, 1, 1]), np.array([0, 1, 0]), ("cat", "dog"), "title", "caption")
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_xlabel() for axes in shown] == ["cat", "dog", "cat \N{BALLOT X}\nis dog"]
+    assert [axes.spines["left"].get_visible() for axes in shown] == [False, False, True]
+
+
+def test_a_figure_that_cannot_be_written_is_a_line(tmp_path):
+    figure = figures.confusion(np.eye(2, dtype=int), "ab", "title", "caption")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        figures.save(figure, tmp_path / "missing" / "confusion.png")
+
+
+def test_progress_is_a_table_without_a_bar_off_a_terminal(runs, capsys):
+    _, this, rows = runs["rotation"]
+    with report.Progress(this) as progress:
+        progress.note("compiling")
+        for row in rows:
+            progress.show(row)
+    out, err = capsys.readouterr()
+    note, _, header, *table = out.splitlines()
+    assert (note, header) == ("compiling", report.HEADER)
+    assert {len(line) for line in table} == {len(header)}
+    epochs = [row for row in rows if "test_loss" in row]
+    for line, row in zip(table, epochs, strict=True):
+        numbers = [f"{row['epoch']}", f"{row['train_loss']:.4f}", f"{row['train_accuracy']:.2%}"]
+        numbers += [f"{row['test_loss']:.4f}", f"{row['test_accuracy']:.2%}"]
+        assert line.split()[:-1] == numbers
+    assert not any(mark in out for mark in "|\r\x1b") and err == ""
+
+
+def test_progress_is_a_bar_on_a_terminal(runs, capsys, monkeypatch):
+    _, this, rows = runs["rotation"]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with report.Progress(this) as progress:
+        for row in rows:
+            progress.show(row)
+    out = capsys.readouterr().out
+    assert "step 4/4" in out and "epoch 2/2" in out and "images/s" in out
+    *_, last, end = out.split("\r")
+    assert last.isspace() and end == "", "the bar is gone in the end"
+
+
+def test_facts_are_those_of_the_summary():
+    facts = report.facts(SUMMARY, 390)
+    text = "\n".join(value for _, value in facts)
+    for part in (
+        "78.77%",
+        "10,000 test",
+        "78.41%",
+        "50,000",
+        "resnet18, imagenet",
+        "45 epochs, 17,550 steps",
+        "1,234",
+        "75.0 min",
+    ):
+        assert part in text
+    assert "resumed" not in text
+    assert "since step 8,000" in dict(report.facts(SUMMARY | {"resumed_from": 8000}, 390))["time"]
+    resumed_at_the_end = dict(report.facts(SUMMARY | {"images_per_second": None}, 390))
+    assert resumed_at_the_end["speed"] == "on 1 x cpu"
+    assert dict(report.facts(SUMMARY | {"steps": 60}, 390))["trained for"].startswith("0.15 epochs, 60 steps")
+
+
+@pytest.mark.parametrize("job", ["rotation", "classification"])
+def test_summary_of_a_run(runs, job, capsys):
+    workdir, this, _ = runs[job]
+    report.summarise(workdir, this, Path("/data of mine"))
+    out = capsys.readouterr().out
+    summary = json.loads((workdir / "summary.json").read_text())
+    key = "rotation_accuracy" if job == "rotation" else "accuracy"
+    assert f"{summary[key]:.2%} on" in out and "13 test images" in out and str(workdir) in out
+    assert all(name in out for name in report.FILES)
+    command = f"python -m experiments.classification --pretrained={workdir} --dataset=pets --data_dir='/data of mine'"
+    assert (command if job == "rotation" else f'rotjax.load("{workdir}")') in out
+
+
+def test_next_step_without_classes(tmp_path):
+    assert "--dataset=FOLDER" in report.next_step(tmp_path, plan(rotjax.Rotation, classes=()))
+
+
+def test_say_survives_its_reader_and_its_encoding():
+    program = (
+        "import sys; from experiments.report import say; [say('90\\u00b0' + 99 * '-') for _ in range(999)]; sys.exit(7)"
+    )
+    command, environment = [sys.executable, "-c", program], os.environ | {"PYTHONIOENCODING": "ascii"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.readline().startswith(b"90?-")
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 7
+    closed = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], env=environment, stderr=subprocess.PIPE)
+    assert (closed.returncode, closed.stderr) == (7, b"")
+
+
+def test_the_library_does_not_load_matplotlib():
+    program = "import sys, rotjax; sys.exit('matplotlib' in sys.modules or 'tqdm' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)

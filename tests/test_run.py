@@ -1,0 +1,254 @@
+"""Runs on disk: exact resume, transfer between workdirs, and what is refused."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import rotjax
+from rotjax.errors import CheckpointError, DataError, InUseError, Stopped, UsageError
+
+SMALL = dict(stem="cifar", width=4, batch_size=8, epochs=2, seed=1)
+
+
+@pytest.fixture(scope="module")
+def data(images):
+    rng = np.random.default_rng(1)
+    test = {"image": rng.integers(0, 256, (11, 8, 8, 3), dtype=np.uint8), "label": np.arange(11, dtype=np.int32) % 3}
+    return rotjax.Dataset("noise", ("a", "b", "c"), images, test)
+
+
+def carry_out(recipe, data, workdir, **options):
+    notes = []
+    plan = rotjax.plan(recipe, data=data)
+    return list(rotjax.train(plan, workdir, log_steps=2, note=notes.append, **options)), notes
+
+
+def summary(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def arrays(workdir):
+    return [np.asarray(x) for x in jax.tree.leaves(rotjax.load(workdir)[1])]
+
+
+@pytest.fixture(scope="module")
+def pretrained(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "rotation"
+    carry_out(rotjax.Rotation(**SMALL), data, workdir)
+    return workdir
+
+
+def test_a_run_leaves_its_recipe_metrics_and_summary(pretrained, data):
+    rows = [json.loads(line) for line in (pretrained / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 6, 8, 10, 12, 12]
+    final = summary(pretrained)
+    confusion = np.array(final["confusion"])
+    assert confusion.sum(1).tolist() == [11, 11, 11, 11]
+    assert final["rotation_accuracy"] == pytest.approx(np.trace(confusion) / 44)
+    assert final["rotation_accuracy_random"] == rows[-1]["test_accuracy"]
+    assert (final["epochs"], final["steps"], final["resumed_from"]) == (2, 12, None)
+    assert final["images_per_second"] > 0 and final["wall_seconds"] > 0
+    model, variables, recipe = rotjax.load(pretrained)
+    assert recipe.job == "rotation" and recipe.backbone == "resnet18" and recipe.dataset == "noise"
+    views, turns = rotjax.rotation.all_turns(data.test["image"])
+    predicted = np.asarray(model.apply(variables, views)).argmax(-1)
+    assert (predicted == turns).mean() == pytest.approx(final["rotation_accuracy"])
+
+
+def test_a_finished_run_says_so_and_changes_nothing(pretrained, data):
+    before = {path: path.read_bytes() for path in pretrained.rglob("*") if path.is_file() and path.name != ".lock"}
+    rows, notes = carry_out(rotjax.Rotation(**SMALL), data, pretrained)
+    assert rows == [] and "already complete at step 12" in notes
+    assert before == {path: path.read_bytes() for path in pretrained.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(pretrained, data, tmp_path):
+    plan = rotjax.plan(rotjax.Rotation(**SMALL), data=data)
+    with pytest.raises(Stopped, match="stopped at step . of 12.*the same command goes on"):
+        for row in rotjax.train(plan, tmp_path / "run", log_steps=2):
+            if row["step"] == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+    rows, _ = carry_out(rotjax.Rotation(**SMALL), data, tmp_path / "run")
+    assert rows[0]["step"] > 4 and summary(tmp_path / "run")["resumed_from"] in (4, 5)
+    assert (tmp_path / "run/metrics.jsonl").read_text() == (pretrained / "metrics.jsonl").read_text()
+    for a, b in zip(arrays(tmp_path / "run"), arrays(pretrained), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+KILLED = """
+import sys, numpy as np, rotjax
+rng = np.random.default_rng(0)
+def arrays(n): return {"image": rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8), "label": np.zeros(n, np.int32)}
+data = rotjax.Dataset("noise", ("a",), arrays(64), arrays(8))
+recipe = rotjax.Rotation(stem="cifar", width=4, batch_size=8, epochs=20)
+for row in rotjax.train(rotjax.plan(recipe, data=data), sys.argv[1], log_steps=3, checkpoint_seconds=0.0):
+    print(row["step"], flush=True)
+"""
+
+
+def test_a_run_killed_at_any_point_ends_with_the_same_bits(tmp_path):
+    def start(workdir):
+        return subprocess.Popen([sys.executable, "-c", KILLED, str(workdir)], stdout=subprocess.PIPE, text=True)
+
+    with start(tmp_path / "whole") as whole:
+        whole.communicate()
+    seed = int(time.time())
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    for _ in range(3):
+        target = rng.integers(5, 150)
+        with start(tmp_path / "killed") as process:
+            for line in process.stdout:
+                if int(line) >= target:
+                    time.sleep(rng.uniform(0, 0.05))
+                    process.kill()
+                    break
+    with start(tmp_path / "killed") as last:
+        last.communicate()
+    assert last.returncode == 0
+    assert summary(tmp_path / "killed")["resumed_from"]
+    assert (tmp_path / "killed/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+    for a, b in zip(arrays(tmp_path / "killed"), arrays(tmp_path / "whole"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("trainable", ["head", "last_block"])
+def test_what_is_frozen_stays_as_the_pretrained_run_left_it(pretrained, data, tmp_path, trainable):
+    recipe = rotjax.Classification(pretrained=str(pretrained), trainable=trainable, batch_size=8, epochs=1)
+    rows, notes = carry_out(recipe, data, tmp_path / "run")
+    assert any("taken from rotation-noise-resnet18" in note and "new: the head" in note for note in notes)
+    assert any("frozen: backbone" in note for note in notes)
+    model, variables, saved = rotjax.load(tmp_path / "run")
+    donor = rotjax.load(pretrained)[1]
+    stages = {"head": 5, "last_block": 4}[trainable]
+    for collection in ("params", "batch_stats"):
+        for stage in ("stem", "stage1", "stage2", "stage3", "stage4")[:stages]:
+            mine, theirs = (v[collection]["backbone"][stage] for v in (variables, donor))
+            jax.tree.map(np.testing.assert_array_equal, mine, theirs)
+    assert saved.stem == "cifar" and saved.width == 4 and saved.classes == ("a", "b", "c")
+    logits = model.apply(variables, data.test["image"])
+    assert summary(tmp_path / "run")["accuracy"] == pytest.approx((logits.argmax(-1) == data.test["label"]).mean())
+    assert rows[-1]["test_accuracy"] == summary(tmp_path / "run")["accuracy"]
+
+
+def test_an_epoch_of_a_subset_has_as_many_steps_as_of_the_whole(data, tmp_path):
+    plan = rotjax.plan(rotjax.Classification(subset=3, **SMALL), data=data)
+    assert len(plan.data.train["label"]) == 9 and plan.steps == 12
+    assert summary_of(plan, tmp_path)["train_images"] == 9
+
+
+def summary_of(plan, workdir):
+    list(rotjax.train(plan, workdir / "run"))
+    return summary(workdir / "run")
+
+
+def test_the_mean_and_std_of_the_pixels_travel_with_the_backbone(data, tmp_path):
+    own = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    carry_out(rotjax.Rotation(max_steps=1, **own, **SMALL), data, tmp_path / "run")
+    plan = rotjax.plan(rotjax.Classification(pretrained=str(tmp_path / "run"), batch_size=8), data=data)
+    assert plan.recipe.model().mean == own["mean"] and plan.recipe.model().std == own["std"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(backbone="densenet121"), UsageError, "--backbone=densenet121 contradicts .* resnet18; leave --backbone out"),
+        (dict(stem="imagenet"), UsageError, "--stem=imagenet contradicts .* cifar"),
+        (dict(batch_size=49), UsageError, "--batch_size=49 is larger than the training set of 48"),
+        (dict(subset=99), UsageError, "--subset=99 is more than the 16 images"),
+        (dict(subset=2), UsageError, "--batch_size=8 is larger than the training set of 6"),
+        (dict(learning_rate=float("nan")), UsageError, "--learning_rate=nan"),
+    ],
+)
+def test_a_contradiction_is_refused_while_planning(pretrained, data, options, error, message):
+    with pytest.raises(error, match=message):
+        rotjax.plan(rotjax.Classification(pretrained=str(pretrained), **(dict(batch_size=8) | options)), data=data)
+
+
+def test_a_pretrained_run_that_is_not_there_is_refused(data, tmp_path):
+    def plan(workdir):
+        return rotjax.plan(rotjax.Classification(pretrained=str(workdir), batch_size=8), data=data)
+
+    with pytest.raises(CheckpointError, match="no recipe.json"):
+        plan(tmp_path / "missing")
+    (tmp_path / "recipe.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="not a recipe"):
+        plan(tmp_path)
+    recipe = rotjax.plan(rotjax.Rotation(**SMALL), data=data).recipe
+    (tmp_path / "recipe.json").write_text(json.dumps(rotjax.recipe.to_json(recipe)))
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        plan(tmp_path)
+    (tmp_path / "recipe.json").write_text(json.dumps(rotjax.recipe.to_json(recipe) | {"schema": 99}))
+    with pytest.raises(CheckpointError, match="newer rotjax"):
+        plan(tmp_path)
+
+
+def test_a_recipe_survives_its_json_and_an_older_one_is_completed(data):
+    recipe = rotjax.plan(rotjax.Classification(subset=3, **SMALL), data=data).recipe
+    values = json.loads(json.dumps(rotjax.recipe.to_json(recipe)))
+    assert rotjax.recipe.from_json(values, "here") == recipe
+    del values["flip"]
+    assert rotjax.recipe.from_json(values, "here") == recipe
+
+
+def test_a_workdir_of_another_recipe_or_of_something_else_is_refused(pretrained, data, tmp_path):
+    with pytest.raises(UsageError, match=r"holds another run \(seed 1 -> 2\)"):
+        carry_out(rotjax.Rotation(**(SMALL | {"seed": 2})), data, pretrained)
+    (tmp_path / "photo.jpg").write_text("precious")
+    with pytest.raises(UsageError, match="not empty and holds no run"):
+        carry_out(rotjax.Rotation(**SMALL), data, tmp_path)
+    with pytest.raises(UsageError, match="holds no run"):
+        carry_out(rotjax.Rotation(**SMALL), data, tmp_path / "photo.jpg")
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_a_workdir_in_use_is_refused(pretrained, data):
+    plan = rotjax.plan(rotjax.Rotation(**SMALL), data=data)
+    with (
+        rotjax.workdirs.claimed(pretrained, plan.recipe),
+        pytest.raises(InUseError, match=f"in use by process {os.getpid()}"),
+    ):
+        list(rotjax.train(plan, pretrained))
+
+
+def test_images_without_classes_are_enough_for_rotation_only(data):
+    bare = {"image": data.train["image"], "label": np.full(48, -1, np.int32)}
+    unlabelled = rotjax.Dataset("noise", (), bare, bare)
+    assert rotjax.plan(rotjax.Rotation(**SMALL), data=unlabelled).steps == 12
+    with pytest.raises(DataError, match="has no classes"):
+        rotjax.plan(rotjax.Classification(**SMALL), data=unlabelled)
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "message"),
+    [
+        (np.zeros((4, 8, 8, 3), np.float32), np.zeros(4, int), "uint8"),
+        (np.zeros((4, 8, 9, 3), np.uint8), np.zeros(4, int), "square"),
+        (np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4, int), "RGB"),
+        (np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, int), "are 0"),
+        (np.zeros((4, 8, 8, 3), np.uint8), np.zeros(3, int), "one label each"),
+        (np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 1, 2, 1]), "label 2 of image 2"),
+    ],
+)
+def test_arrays_that_no_network_can_use_are_refused(image, label, message):
+    arrays = {"image": image, "label": label}
+    with pytest.raises(DataError, match=message):
+        rotjax.Dataset("mine", ("a", "b"), arrays, arrays)
+
+
+def test_loading_needs_only_the_workdir(pretrained, tmp_path):
+    moved = tmp_path / "moved"
+    Path(pretrained).rename(moved)
+    try:
+        assert dataclasses.is_dataclass(rotjax.load(moved)[2])
+    finally:
+        moved.rename(pretrained)

@@ -1,0 +1,279 @@
+"""Our networks are torchvision's: on the same weights the same logits, gradients and batch statistics.
+
+Without torch and torchvision the counts, the names and the round trip are tested still.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy.stats import ks_2samp
+
+import rotjax
+from rotjax.errors import UsageError
+from rotjax.models import CIFAR10_MEAN, CIFAR10_STD
+from rotjax.torchvision import export_weights, import_weights
+from rotjax.training import abstract_variables
+
+COUNTS = {"resnet18": 11_689_512, "resnet50": 25_557_032, "resnet101": 44_549_160, "densenet121": 7_978_856}
+NUM_CLASSES = 10
+
+# Where a convolution's output is 2x2 or smaller `rotjax.models.spatial` has forms of its own: at 72 px that is no map of
+# ResNet18's (odd ones instead, 9x9 to 3x3) and DenseNet121's last, at 64 px stage 4, at 32 px stages 3 and 4 (1x1).
+CASES = [("resnet18", 32, 8), ("resnet18", 72, 4), ("resnet50", 64, 4), ("resnet101", 64, 4), ("densenet121", 72, 4)]
+each_case = pytest.mark.parametrize(("name", "size", "batch"), CASES, ids=[f"{name}-{size}px" for name, size, _ in CASES])
+each_name = pytest.mark.parametrize("name", rotjax.BACKBONES)
+
+# For programs that run once: half the time to compile, at the price of slow ones.
+ONCE = {"xla_backend_optimization_level": 0}
+
+
+@pytest.fixture(scope="module")
+def torch():
+    return pytest.importorskip("torch", exc_type=ImportError)
+
+
+@pytest.fixture(scope="module")
+def networks(torch):
+    """`torchvision.models`, also where torch's build is not the one that torchvision's compiled operators are for."""
+    try:
+        yield pytest.importorskip("torchvision", exc_type=ImportError).models
+    except RuntimeError:  # it registers properties of operators that nobody has defined
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        yield pytest.importorskip("torchvision").models
+        del library  # with it go its definitions
+
+
+@pytest.fixture(scope="module")
+def build(torch, networks):
+    """`build(name)` is torchvision's network; of what starts at zero or one nothing is left there."""
+
+    def network(name):
+        torch.manual_seed(0)
+        model = getattr(networks, name)(num_classes=NUM_CLASSES)
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.weight.uniform_(0.3, 0.9)
+                    module.bias.normal_(0, 0.2)
+                    module.running_mean.normal_(0, 0.2)
+                    module.running_var.uniform_(0.5, 1.5)
+                elif isinstance(module, torch.nn.Linear):
+                    module.bias.uniform_(-1, 1)
+        return model
+
+    return network
+
+
+def state_of(network):
+    """The state dict as NumPy copies."""
+    return {key: value.numpy().copy() for key, value in network.state_dict().items()}
+
+
+def pictures(torch, size, batch, dtype):
+    """Random pixels for us, and the same normalised for torch."""
+    pixels = np.random.default_rng(size).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+    normalised = (pixels.astype(dtype) / 255 - np.array(CIFAR10_MEAN, dtype)) / np.array(CIFAR10_STD, dtype)
+    return pixels, torch.from_numpy(np.ascontiguousarray(normalised.transpose(0, 3, 1, 2)))
+
+
+def deviation(ours, theirs):
+    """The largest difference of two arrays, relative to the largest absolute value of the second."""
+    assert ours.shape == theirs.shape
+    assert ours.dtype == theirs.dtype
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def worst(ours, theirs):
+    """The largest `deviation` over the leaves of two trees of one structure, and its path."""
+    leaves = jax.tree.leaves_with_path(jax.tree.map(deviation, ours, theirs))
+    return max((value, jax.tree_util.keystr(path, simple=True, separator="/")) for path, value in leaves)
+
+
+@each_case
+def test_evaluation_logits(torch, build, name, size, batch):
+    network = build(name).eval()
+    pixels, x = pictures(torch, size, batch, np.float32)
+    variables = import_weights(name, state_of(network))
+    ours = np.asarray(jax.jit(rotjax.create(name, NUM_CLASSES).apply)(variables, pixels))
+
+    heir = build(name).eval()
+    for parameter in heir.parameters():
+        torch.nn.init.zeros_(parameter)
+    exported = {key: torch.from_numpy(array) for key, array in export_weights(name, variables).items()}
+    heir.load_state_dict(exported, strict=True)
+    with torch.no_grad():
+        assert deviation(ours, network(x).numpy()) < 1e-5
+        assert deviation(ours, heir(x).numpy()) < 1e-5
+
+
+@each_case
+def test_training_step(torch, build, name, size, batch):
+    """Logits, gradients and statistics in float64: in float32 torch itself is 2 to 6 % off on ResNet101's gradients."""
+    network = build(name).double().train()
+    pixels, x = pictures(torch, size, batch, np.float64)
+    labels = np.arange(batch) % NUM_CLASSES
+    before = state_of(network)
+
+    with jax.enable_x64(True):
+        model = rotjax.create(name, NUM_CLASSES, dtype=jnp.float64)
+
+        def step(variables, images, labels):
+            def loss(params):
+                logits, updated = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
+                return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (logits, updated)
+
+            gradients, (logits, updated) = jax.grad(loss, has_aux=True)(variables["params"])
+            return logits, {"params": gradients} | updated
+
+        compiled = jax.jit(step, compiler_options=ONCE)
+        our_logits, ours = jax.tree.map(np.asarray, compiled(import_weights(name, before), pixels, labels))
+
+    elements = {}  # under each mean, by the norm's name
+    for key, module in network.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_hook(lambda _, x, __, key=key: elements.update({key: x[0].numel() // x[0].shape[1]}))
+    logits = network(x)
+    torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
+    after = state_of(network) | {key: parameter.grad.numpy() for key, parameter in network.named_parameters()}
+    for norm, n in elements.items():  # torch moves towards the variance times n / (n - 1), Flax towards the variance
+        key = f"{norm}.running_var"
+        after[key] = 0.9 * before[key] + (after[key] - 0.9 * before[key]) * (n - 1) / n
+
+    assert deviation(our_logits, logits.detach().numpy()) < 1e-6
+    deviant, path = worst(ours, import_weights(name, after))
+    assert deviant < 1e-6, path
+
+
+@each_name
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_round_trip_of_torchvisions_state(build, name, dtype):
+    state = {key: array.astype(dtype) for key, array in state_of(build(name)).items()}
+    exported = export_weights(name, import_weights(name, state))
+    assert exported.keys() == {key for key in state if not key.endswith("num_batches_tracked")}
+    for key, array in exported.items():
+        assert array.dtype == dtype
+        np.testing.assert_array_equal(array, state[key], err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "densenet121"])
+def test_initial_distributions(torch, networks, name):
+    torch.manual_seed(0)
+    theirs = state_of(getattr(networks, name)(num_classes=1000))
+    init = jax.jit(rotjax.create(name, 1000).init, compiler_options=ONCE)
+    ours = export_weights(name, init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.uint8)))
+    for key, mine in ours.items():
+        if np.ptp(theirs[key]) == 0:
+            np.testing.assert_array_equal(mine, theirs[key], err_msg=key)
+        else:  # of a normal sample of n the standard deviation is known to 1 / sqrt(2n), of a uniform one better
+            assert abs(np.log(mine.std() / theirs[key].std())) < 5 / np.sqrt(mine.size), key
+            assert ks_2samp(*(array.ravel()[:100_000] for array in (mine, theirs[key]))).pvalue > 1e-5, key
+    constant = {key for key in ours if np.ptp(ours[key]) == 0}
+    assert ("classifier.bias" in constant) == (name == "densenet121")
+
+
+@each_name
+def test_parameter_count(name):
+    params = abstract_variables(rotjax.create(name, 1000), 32)["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == COUNTS[name]
+
+
+@each_name
+def test_parameter_count_of_torchvision(torch, networks, name):
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in getattr(networks, name)().parameters()) == COUNTS[name]
+
+
+def random_variables(name, stem="imagenet", width=8):
+    """Variables in which all arrays differ, of a narrow network."""
+    rng = np.random.default_rng(0)
+    shapes = abstract_variables(rotjax.create(name, NUM_CLASSES, stem, width=width), 32)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), shapes)
+
+
+@each_name
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_round_trip_of_our_variables(name, stem):
+    variables = random_variables(name, stem)
+    exported = export_weights(name, variables)
+    assert all(array.flags.c_contiguous and array.flags.writeable for array in exported.values())
+    jax.tree.map(np.testing.assert_array_equal, import_weights(name, exported), variables)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "key"),
+    [
+        ("resnet18", "params/backbone/stem/conv/kernel", "conv1.weight"),
+        ("resnet18", "batch_stats/backbone/stem/norm/mean", "bn1.running_mean"),
+        ("resnet101", "params/backbone/stage3/block23/norm3/scale", "layer3.22.bn3.weight"),
+        ("resnet50", "params/backbone/stage1/block1/shortcut_conv/kernel", "layer1.0.downsample.0.weight"),
+        ("resnet50", "batch_stats/backbone/stage4/block1/shortcut_norm/var", "layer4.0.downsample.1.running_var"),
+        ("resnet50", "params/head/kernel", "fc.weight"),
+        ("densenet121", "params/backbone/stem/conv/kernel", "features.conv0.weight"),
+        ("densenet121", "params/backbone/stage3/layer24/conv2/kernel", "features.denseblock3.denselayer24.conv2.weight"),
+        ("densenet121", "params/backbone/stage4/transition/norm/bias", "features.transition3.norm.bias"),
+        ("densenet121", "batch_stats/backbone/stage4/norm/var", "features.norm5.running_var"),
+        ("densenet121", "params/head/bias", "classifier.bias"),
+    ],
+)
+def test_names(name, path, key):
+    variables = random_variables(name)
+    leaf = variables
+    for word in path.split("/"):
+        leaf = leaf[word]
+    axes = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}[leaf.ndim]
+    np.testing.assert_array_equal(export_weights(name, variables)[key], leaf.transpose(axes))
+
+
+def test_an_import_is_a_copy():
+    arrays = export_weights("resnet18", random_variables("resnet18"))
+    variables = import_weights("resnet18", arrays)
+    arrays["fc.bias"][:] = 7
+    assert (variables["params"]["head"]["bias"] != 7).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"fc.bias": None}, ["1 arrays", "fc.bias is absent, should be [10]"]),
+        ({"conv1.weight": None}, ["conv1.weight is absent, should be [64, 3, 7, 7]"]),
+        ({"fc.gain": np.ones(3)}, ["1 arrays", "fc.gain is [3], should be absent"]),
+        ({"layer1.0.bn1.weight": np.ones(9)}, ["1 arrays", "layer1.0.bn1.weight is [9], should be [8]"]),
+        ({"fc.bias": np.ones((10, 1, 1))}, ["fc.bias is [10, 1, 1], should be [10]"]),
+        ({"conv1.weight": np.ones((0, 3, 7, 7))}, ["conv1.weight is [0, 3, 7, 7], should be"]),
+        (
+            {"layer1.0.bn1.weight": None, "fc.weight": np.ones((10, 7))},
+            ["2 arrays", "layer1.0.bn1.weight is", "fc.weight is"],
+        ),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(change, said):
+    arrays = export_weights("resnet18", random_variables("resnet18")) | change
+    with pytest.raises(UsageError) as refusal:
+        import_weights("resnet18", {key: array for key, array in arrays.items() if array is not None})
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert all(words in message for words in said), message
+
+
+def test_another_network_is_refused():
+    arrays = export_weights("resnet18", random_variables("resnet18"))
+    for other in ("resnet50", "densenet121"):
+        with pytest.raises(UsageError, match=f"arrays differ from {other}'s"):
+            import_weights(other, arrays)
+        with pytest.raises(UsageError, match=f"arrays differ from {other}'s"):
+            export_weights(other, random_variables("resnet18"))
+    with pytest.raises(UsageError, match="unknown backbone 'resnet19'"):
+        import_weights("resnet19", arrays)
+    with pytest.raises(UsageError, match="unknown backbone 'resnet19'"):
+        export_weights("resnet19", random_variables("resnet18"))
+
+
+def test_variables_of_another_form_are_refused():
+    variables = random_variables("densenet121")
+    for odd in (variables["params"], {"params": variables["params"]}, variables | {"params": np.ones(3)}, {}):
+        with pytest.raises(UsageError, match="arrays differ from densenet121's"):
+            export_weights("densenet121", odd)

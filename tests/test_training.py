@@ -1,0 +1,190 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import rotjax
+from rotjax import optim, training
+from rotjax.data import batches, tasks
+from rotjax.errors import NonFiniteError, UsageError
+
+
+def small(num_classes=4, **options):
+    return rotjax.create("resnet18", num_classes, "cifar", width=4, **options)
+
+
+def batch(count=16, seed=0, classes=4):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8),
+        "label": rng.integers(0, classes, count).astype(np.int32),
+    }
+
+
+def equal(a, b):
+    return jax.tree.map(lambda x, y: bool((x == y).all()), a, b)
+
+
+def test_a_step_is_adamw_on_the_mean_loss_with_decay_on_every_parameter():
+    model, given = small(), batch()
+    variables = training.init_variables(model, 0, 8)
+
+    def loss(params):
+        logits, updated = model.apply(variables | {"params": params}, given["image"], train=True, mutable=["batch_stats"])
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), given["label"][:, None], 1).mean(), updated
+
+    (value, updated), gradients = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+    # Adam's first step is the sign of the gradient (g / (|g| + eps)), decoupled decay comes on top
+    expected = jax.tree.map(lambda p, g: p - 0.1 * (g / (abs(g) + 1e-8) + 0.5 * p), variables["params"], gradients)
+    optimizer = rotjax.adamw(0.1, weight_decay=0.5)
+    state, metrics = training.train_step(model, optimizer)(training.init_state(optimizer, variables), given)
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
+    for path, leaf in jax.tree.leaves_with_path(updated["batch_stats"]):
+        np.testing.assert_allclose(
+            dict(jax.tree.leaves_with_path(state.variables["batch_stats"]))[path], leaf, rtol=1e-4, atol=1e-6
+        )
+    errors = jax.tree.map(lambda a, b: float(np.median(abs(a - b))), state.variables["params"], expected)
+    assert max(jax.tree.leaves(errors)) < 1e-5  # the median: where a gradient is round-off, so is its sign
+
+
+def test_the_schedule_falls_to_a_tenth_at_its_boundaries():
+    schedule = rotjax.piecewise(0.01, [30, 60])
+    np.testing.assert_allclose([schedule(t) for t in (0, 29, 30, 59, 60)], [1e-2, 1e-2, 1e-3, 1e-3, 1e-4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+def test_last_block_is_stage_four_and_the_head(name):
+    params = training.abstract_variables(rotjax.create(name, 3, width=4), 32)["params"]
+    labels = optim.labels(params, optim.FROZEN["last_block"])
+    kinds = {
+        "/".join(str(k.key) for k in path[:2]) if path[0].key == "backbone" else "head": label
+        for path, label in jax.tree.leaves_with_path(labels)
+    }
+    assert {path for path, label in kinds.items() if label == "trainable"} == {"backbone/stage4", "head"}
+    assert set(kinds) == {"head", "backbone/stem", *(f"backbone/stage{k}" for k in range(1, 5))}
+
+
+def test_a_prefix_that_names_nothing_is_refused():
+    with pytest.raises(UsageError, match="no parameters under backbone/stage7"):
+        optim.labels({"backbone": {"stage1": 1.0}, "head": 1.0}, ("backbone/stage7",))
+    with pytest.raises(ValueError, match="by stage"):
+        small(frozen=("backbone/stage4/block1",)).init(jax.random.key(0), batch()["image"])
+
+
+@pytest.mark.parametrize("trainable", ["last_block", "head"])
+@pytest.mark.parametrize("statistics", ["held", "moving"])
+def test_frozen_means_frozen(trainable, statistics):
+    frozen = optim.FROZEN[trainable]
+    model = small(frozen=frozen if statistics == "held" else ())
+    optimizer = rotjax.adamw(0.1, weight_decay=0.5, frozen=frozen)
+    variables = training.init_variables(model, 0, 8)
+    state = training.init_state(optimizer, variables)
+    step = training.train_step(model, optimizer)
+    for seed in range(3):
+        state, _ = step(state, batch(seed=seed))
+    stays = {"last_block": {"stem", "stage1", "stage2", "stage3"}, "head": {"stem", "stage1", "stage2", "stage3", "stage4"}}
+    for stage, before in variables["params"]["backbone"].items():
+        same = jax.tree.leaves(equal(before, state.variables["params"]["backbone"][stage]))
+        assert all(same) if stage in stays[trainable] else not any(same), stage
+    for stage, before in variables["batch_stats"]["backbone"].items():
+        same = jax.tree.leaves(equal(before, state.variables["batch_stats"]["backbone"][stage]))
+        holds = statistics == "held" and stage in stays[trainable]
+        assert all(same) if holds else not any(same), stage
+    slots = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.float32)
+    moving = sum(
+        x.size
+        for x, label in zip(
+            jax.tree.leaves(variables["params"]),
+            jax.tree.leaves(optim.labels(variables["params"], frozen)),
+            strict=True,
+        )
+        if label == "trainable"
+    )
+    assert slots == 2 * moving
+
+
+def test_frozen_stages_have_no_backward_pass():
+    def flops(trainable):
+        model = small(frozen=optim.FROZEN[trainable])
+        optimizer = rotjax.adamw(0.1, frozen=optim.FROZEN[trainable])
+        state = training.init_state(optimizer, training.init_variables(model, 0, 8))
+        return training.train_step(model, optimizer).lower(state, batch()).compile().cost_analysis()["flops"]
+
+    whole, block, head = (flops(trainable) for trainable in ("all", "last_block", "head"))
+    assert block < 0.6 * whole
+    assert head < 0.4 * whole  # forward alone is a third
+
+
+def test_evaluation_counts_every_image_once_whatever_the_batch_size(images):
+    model = small(3)
+    variables = training.init_variables(model, 0, 8)
+    step = training.eval_step(model)
+    logits = np.asarray(model.apply(variables, images["image"]))
+    loss = np.mean(optax.softmax_cross_entropy_with_integer_labels(logits, images["label"]))
+    confusion = np.zeros((3, 3), int)
+    np.add.at(confusion, (images["label"], logits.argmax(-1)), 1)
+    for size in (7, 48, 64):
+        result = training.evaluate(
+            step, variables, rotjax.place(rotjax.read(rotjax.test_batches(images, tasks.classify, size)))
+        )
+        assert result["loss"] == pytest.approx(loss, rel=1e-5)
+        assert result["accuracy"] == pytest.approx(np.trace(confusion) / 48)
+        np.testing.assert_array_equal(result["confusion"], confusion)
+
+
+def test_a_network_learns_how_32_images_were_turned():
+    data = {"image": batch(32, seed=9)["image"], "label": np.zeros(32, np.int32)}
+    model, optimizer = rotjax.create("resnet18", 4, "cifar", width=8), rotjax.adamw(1e-2)
+    state = training.init_state(optimizer, training.init_variables(model, 0, 8))
+    stream = batches.train_batches(data, tasks.all_turns, 32, 60, seed=0, flip=False)
+    rows = [
+        row
+        for _, rows in rotjax.fit(
+            training.train_step(model, optimizer), state, rotjax.place(rotjax.read(stream)), steps=60, epoch_steps=1
+        )
+        for row in rows
+    ]
+    assert [row["step"] for row in rows if "train_accuracy" in row] == list(range(1, 61))
+    assert rows[-1]["train_accuracy"] > 0.95
+
+
+def test_rows_come_at_log_steps_and_ends_of_epochs():
+    model, optimizer = small(), rotjax.adamw(1e-3)
+    state = training.init_state(optimizer, training.init_variables(model, 0, 8))
+    step = training.train_step(model, optimizer)
+    given = [batch(seed=t) for t in range(7)]
+    rows, last = [], state
+    fitting = rotjax.fit(step, state, rotjax.place(given), steps=7, epoch_steps=3, log_steps=2, test=lambda *_: {"test": 1})
+    for last, new in fitting:  # noqa: B007
+        rows += new
+    assert [(row["step"], row["epoch"], "test" in row) for row in rows] == [
+        (2, 1, False), (3, 1, True), (4, 2, False), (6, 2, False), (6, 2, True), (7, 3, True)
+    ]  # fmt: skip
+    assert int(last.step) == 7 and int(last.sums["count"]) == 16
+
+
+def test_a_loss_that_is_not_a_number_stops_the_training():
+    model, optimizer = small(), rotjax.adamw(1e30)
+    state = training.init_state(optimizer, training.init_variables(model, 0, 8))
+    step = training.train_step(model, optimizer)
+    with pytest.raises(NonFiniteError, match="step [1-9]"):
+        for _ in rotjax.fit(step, state, rotjax.place(batch(seed=t) for t in range(9)), steps=9, epoch_steps=9, log_steps=1):
+            pass
+
+
+def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32():
+    model, optimizer = small(dtype=jnp.bfloat16), rotjax.adamw(1e-3)
+    state = training.init_state(optimizer, training.init_variables(model, 0, 8))
+    state, _ = training.train_step(model, optimizer)(state, batch())
+    assert {x.dtype for x in jax.tree.leaves(state.variables)} == {jnp.dtype("float32")}
+    endpoints = model.apply(state.variables, batch()["image"], method="endpoints")
+    assert {name: x.dtype for name, x in endpoints.items()} == {
+        **dict.fromkeys(("stem", "stage1", "stage2", "stage3", "stage4"), jnp.dtype("bfloat16")),
+        **dict.fromkeys(("features", "logits"), jnp.dtype("float32")),
+    }
+
+
+def test_a_network_eats_nothing_but_uint8():
+    with pytest.raises(TypeError, match="uint8"):
+        small().init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
