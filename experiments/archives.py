@@ -45,13 +45,13 @@ def catalogued(name: str, filename: str) -> Archive:
 
 def verify(archive: Archive, path: Path) -> None:
     """Raises UsageError where `path` is no file, DataError where it is not `archive`, byte for byte."""
+    if not path.is_file():
+        raise UsageError(f"no file {path}; give the archive from {archive.url}")
+    if (size := path.stat().st_size) != archive.size:
+        raise DataError(f"{path} has {size} bytes, not the {archive.size} of {archive.url}; fetch it again")
     try:
-        if (size := path.stat().st_size) != archive.size:
-            raise DataError(f"{path} has {size} bytes, not the {archive.size} of {archive.url}; fetch it again")
         with open(path, "rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    except (FileNotFoundError, IsADirectoryError):
-        raise UsageError(f"no file {path}; give the archive from {archive.url}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); give another copy of {archive.url}") from error
     if checksum != archive.checksum:
@@ -68,11 +68,11 @@ def fetch(archive: Archive, path: Path, note: Callable[[str], None] = lambda lin
         with suppress(DataError):
             return verify(archive, path)
         path.unlink()
-    partial = path.with_name(f"{path.name}.partial")
+    partial = _partial(path)
     if _size(partial) > archive.size:
         partial.unlink()
-    if have := _size(partial):
-        note(f"going on with {partial}, {_share(have, archive)}")
+    have = _size(partial)
+    note(f"downloading {archive.url}, {_share(have, archive) if have else _megabytes(archive.size)}")
     _download(archive, partial)
     try:
         verify(archive, partial)
@@ -100,15 +100,15 @@ def _download(archive: Archive, partial: Path) -> None:
             elif (wait := next(waits, None)) is not None:
                 time.sleep(wait)
             else:
-                again = f"run the same command again to go on, {_share(have, archive)} are there, or" if have else "try again, or"
-                other = f"fetch that file by other means and add --archive=FILE"
-                raise DataError(f"{archive.url} cannot be downloaded ({problem}); {again} {other}")
+                again = f"the same command goes on, {_share(have, archive)}" if have else "try again"
+                other = "or fetch that file by other means and add --archive=FILE"
+                raise DataError(f"{archive.url} cannot be downloaded ({problem}); {again}, {other}")
 
 
 def _pieces(archive: Archive, partial: Path) -> Iterator[int]:
     """Appends to `partial` what it lacks, yielding its size after each piece; begins anew where the server does."""
     have = _size(partial)
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    headers = {"User-Agent": "rotjax", "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     request = urllib.request.Request(archive.url, headers=headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
         at, total = _place(response)
@@ -124,9 +124,19 @@ def _pieces(archive: Archive, partial: Path) -> Iterator[int]:
 
 def _place(response: http.client.HTTPResponse) -> tuple[int, int]:
     """Where in the file the response begins, and how long the file is; -1 where it does not say."""
-    if response.status == 206 and (found := re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))):
-        return int(found[1]), int(found[2])
-    return (0, int(response.headers.get("Content-Length", -1))) if response.status == 200 else (-1, -1)
+    if response.status == 200:
+        return 0, int(response.headers.get("Content-Length", -1))
+    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+    return (int(found[1]), int(found[2])) if found else (-1, -1)
+
+
+def lacking(archive: Archive, path: Path) -> int:
+    """Bytes that `fetch` would download."""
+    return max(archive.size - max(map(_size, (path, _partial(path)))), 0)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
 
 
 def _size(path: Path) -> int:
@@ -134,4 +144,8 @@ def _size(path: Path) -> int:
 
 
 def _share(count: int, archive: Archive) -> str:
-    return f"{count / 1e6:.1f} of {archive.size / 1e6:.1f} MB"
+    return f"{count / 1e6:.1f} of {_megabytes(archive.size)} are there"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"

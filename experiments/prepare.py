@@ -18,11 +18,18 @@ import tyro
 from PIL import Image
 from tensorflow_datasets.core import shuffle
 
-from experiments.archives import Archive, catalogued, fetch, verify
+from experiments.archives import Archive, catalogued, fetch, lacking, verify
 from experiments.command import guarded
 from experiments.report import say
 from rotjax.data import prepared
 from rotjax.errors import DataError, InUseError, Stopped, UsageError
+
+ARCHIVES = {
+    "cifar10": "cifar-10-binary.tar.gz",
+    "imagenette/160px-v2": "imagenette2-160.tgz",
+    "imagenette/320px-v2": "imagenette2-320.tgz",
+    "imagenette/full-size-v2": "imagenette2.tgz",
+}
 
 Examples = Iterator[tuple[int | str, dict[str, Any]]]  # keys, which decide the order, and features
 
@@ -42,7 +49,7 @@ def main() -> int:
             dataset: Which.
             archive: The data set's archive if it is on disk already; downloaded if not given.
             data_dir: TFDS's folder of prepared data sets; $TFDS_DATA_DIR or ~/tensorflow_datasets if not given.
-            image_size: Imagenette for images of so many pixels, 160 if not given: of its three sizes the least that has them.
+            image_size: Imagenette comes in three sizes: the least with so many pixels, 160 if not given.
         """
         return guarded(lambda: run(dataset, archive, data_dir, image_size))
 
@@ -72,36 +79,114 @@ def prepare(
     archive: Archive | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """The folder in `data_dir` where the set `name`, `cifar10` or `imagenette/config`, is prepared, all of it or nothing.
+    """The folder in `data_dir` where the set `name`, a key of ARCHIVES, is prepared: all of it or nothing.
 
-    Where it is not it is made of `file`, or of a download, which must be `archive`, by default the one in TFDS's
-    catalogue. Raises UsageError for a `file` that is not there, DataError for one that is not the archive, a server out of
-    reach or a disk that is full, InUseError where another process prepares the set.
+    What is not there yet is made of `file`, or of a download, which has to be `archive`, unless given the one of TFDS's
+    catalogue. Raises UsageError for a `file` that does not exist, DataError for one that is not the archive, a server out
+    of reach or a disk too small, InUseError where another process is at it.
     """
-    kind, _, config = name.partition("/")
+    kind = name.partition("/")[0]
     catalogue = tfds.builder_cls(kind)
     folder = data_dir / name / str(catalogue.VERSION)
     if folder.exists():
         prepared.opened(folder)
         return folder
-    builder, filename = BUILDERS[kind](catalogue, config)
-    archive = archive or catalogued(kind, filename)
+    archive = archive or catalogued(kind, ARCHIVES[name])
     if file:
         verify(archive, file)
+    download = data_dir / "downloads" / archive.filename
     try:
-        _check_space(data_dir, archive.size * (1 if file else 2))
-        with _claimed(data_dir / "downloads", archive.filename) as downloads:
+        _check_space(data_dir, archive.size + (0 if file else lacking(archive, download)))
+        with _claimed(download.with_name(f"{archive.filename}.lock")):
             if not file:
-                file = downloads / archive.filename
-                fetch(archive, file, note)
-                note(f"{file} is complete; once the set is prepared it may be removed")
+                fetch(archive, file := download, note)
+                note(f"{file} is there; once {name} is prepared it may be removed")
             for leftover in folder.parent.glob(f"incomplete.*_{folder.name}"):  # of a run that was killed
                 shutil.rmtree(leftover)
-            note(f"preparing {name}")
-            _build(builder, file, config, data_dir)
+            note(f"preparing {name} from {file}")
+            _build(catalogue, name, file, data_dir)
     except (tarfile.TarError, zlib.error, EOFError) as error:
         raise DataError(f"{file} cannot be unpacked ({error}); fetch {archive.url} again") from error
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError is array_record's
         raise DataError(f"{name} cannot be prepared in {data_dir} ({error}); name another --data_dir") from error
-    prepared.opened(folder)
     return folder
+
+
+def _check_space(data_dir: Path, needed: int) -> None:
+    free = shutil.disk_usage(next(path for path in (data_dir, *data_dir.absolute().parents) if path.exists())).free
+    if free < needed:
+        sizes = f"{free / 1e6:,.0f} MB are free and {needed / 1e6:,.0f} MB needed"
+        raise DataError(f"in {data_dir} {sizes}; make room or name another --data_dir")
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUseError(f"another process is at work on the same archive ({path}); wait for it") from None
+        yield
+
+
+def _build(catalogue: Any, name: str, file: Path, data_dir: Path) -> None:
+    """Writes what TFDS's own class for the set, `catalogue`, would: version, features and configs are that one's."""
+    kind, _, config = name.partition("/")
+
+    class Builder(catalogue, skip_registration=True):
+        name = kind
+        url_infos = None  # nothing is downloaded by TFDS, and to look takes importlib_resources, which it does not require
+
+        def _split_generators(self, dl_manager) -> dict[str, Examples]:
+            return SPLITS[kind](file, self.info.features)
+
+    shuffle.MAX_MEM_BUFFER_SIZE = sys.maxsize  # what is more goes through files that only TensorFlow writes
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # on which TFDS calls every size unknown
+        builder = Builder(data_dir=data_dir, config=config or None, file_format="array_record")
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+
+
+def _cifar10(file: Path, features: Any) -> dict[str, Examples]:
+    """Batches of rows of 3073 bytes, a label and 32x32 pixels plane by plane, and the names of the labels."""
+    files = {Path(path).name: data for path, data in _members(file, lambda path: path.endswith((".bin", ".meta.txt")))}
+    features["label"].names = files["batches.meta.txt"].decode().split()
+
+    def examples(split: str, batches: str) -> Examples:
+        rows = np.frombuffer(b"".join(files[name] for name in sorted(files) if name.startswith(batches)), np.uint8)
+        for index, row in enumerate(rows.reshape(-1, 3073)):
+            image = Image.fromarray(row[1:].reshape(3, 32, 32).transpose(1, 2, 0))
+            yield index, {"id": f"{split}_{index:05d}", "image": image, "label": int(row[0])}
+
+    return {"train": examples("train", "data_batch"), "test": examples("test", "test_batch")}
+
+
+def _imagenette(file: Path, features: Any) -> dict[str, Examples]:
+    """Photographs as `.../train/<class>/<name>.JPEG` and `.../val/...`, which stay the JPEGs that they are."""
+
+    def examples(part: str) -> Examples:
+        for path, data in _members(file, lambda path: path.endswith(".JPEG") and path.split("/")[1] == part):
+            _, _, label, name = path.split("/")
+            yield name, {"image": data, "label": label}
+
+    return {"train": examples("train"), "validation": examples("val")}
+
+
+def _members(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """Path and bytes of each `wanted` file in a tar archive, of which nothing is written to the disk."""
+    with tarfile.open(file, "r|*") as archive:
+        for member in archive:
+            if member.isfile() and wanted(member.name) and (data := archive.extractfile(member)):
+                yield member.name, data.read()
+
+
+SPLITS: dict[str, Callable[[Path, Any], dict[str, Examples]]] = {
+    "cifar10": _cifar10,
+    "imagenette": _imagenette,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

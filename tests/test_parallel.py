@@ -31,7 +31,7 @@ for count in (1, 2, 4):
     results.append((float(metrics["loss"]), gradients, after["batch_stats"]))
 def worst(one, other):
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    return max(float(abs(a - b).max() / max(abs(a).max(), 1e-6)) for a, b in pairs)
+    return max(float(np.max(abs(a - b)) / max(np.max(abs(a)), 1e-6)) for a, b in pairs)
 print(json.dumps([[worst(a, b) for a, b in zip(results[0], other, strict=True)] for other in results[1:]]))
 """
 

@@ -34,7 +34,7 @@ SUMMARY = {
 
 def arrays(count, classes, seed):
     rng = np.random.default_rng(seed)
-    labels = np.arange(count, dtype=np.int32) % classes
+    labels = np.arange(count, dtype=np.int32) % classes if classes else np.full(count, -1, np.int32)
     images = rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
     images[:, :4] //= 4  # up is darker, which a rotation can be told by
     return {"image": images, "label": labels}
@@ -42,8 +42,7 @@ def arrays(count, classes, seed):
 
 def plan(recipe, classes=("$cat$", "\u732b\udc80", "a class with a very long name"), **options):
     options |= dict(stem="cifar", width=8, image_size=16, batch_size=8, epochs=2, decay_epochs=1, dataset="pets")
-    count = len(classes) or 1
-    data = rotjax.Dataset("pets", classes, arrays(16, count, 0), arrays(13, count, 1))
+    data = rotjax.Dataset("pets", classes, arrays(16, len(classes), 0), arrays(13, len(classes), 1))
     return rotjax.plan(recipe(**options), data=data)
 
 

@@ -103,16 +103,16 @@ def _divided(folder: Path, note: Note) -> tuple[Path, Path | None]:
     """The folders to train and to test on; `folder` and None where nothing is divided."""
     subfolders = {path.name.lower(): path for path in _subfolders(folder)}
     tests = [name for name in TESTS if name in subfolders]
-    if TRAIN not in subfolders:
-        if tests and len(tests) == len(subfolders):
-            raise DataError(f"{_shown(folder)} has {_few(tests)} but no folder {TRAIN}; add one, or name the folder inside")
+    if TRAIN not in subfolders and tests and len(tests) == len(subfolders):
+        raise DataError(f"{_shown(folder)} has {_few(tests)} but no folder {TRAIN}; add one, or name the folder inside")
+    if TRAIN not in subfolders or (len(subfolders) > 1 and not tests):  # beside others train is a class of that name
         return folder, None
-    if not tests:  # alone it is the training set, beside others a class of that name
-        return (subfolders[TRAIN] if len(subfolders) == 1 else folder), None
-    used = {TRAIN, tests[0]}
-    if others := [path.name for name, path in subfolders.items() if name not in used]:
-        note(f"testing on {subfolders[tests[0]].name}; left alone beside it: {_few(map(_shown, others))}")
-    return subfolders[TRAIN], subfolders[tests[0]]
+    train_root, test_root = subfolders[TRAIN], subfolders[tests[0]] if tests else None
+    others = sorted(path.name for path in folder.iterdir() if path not in (train_root, test_root))
+    if others := [_shown(name) for name in others if not name.startswith(".")]:
+        testing = f", testing on {test_root.name}" if test_root else ""
+        note(f"training on {train_root.name}{testing}; left alone beside: {_few(others)}")
+    return train_root, test_root
 
 
 def _classes(folder: Path, root: Path, note: Note) -> tuple[tuple[str, ...], list[Photograph]]:

@@ -22,7 +22,7 @@ IMAGENETTE = {"160px-v2": 160, "320px-v2": 320, "full-size-v2": 512}  # the shor
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # that an image of TFDS may be encoded in
 NAME = re.compile(r"[A-Za-z_]\w*(/\w[\w.+-]*)?", re.ASCII)
 
-Builder = tfds.core.DatasetBuilder
+Builder = Any  # tfds.core.DatasetBuilder, whose annotations do not know what kind of features it has
 
 
 def load(
@@ -52,7 +52,7 @@ def load(
         held_out = _tenth(parts[0]["label"])
         parts = [{key: value[rows] for key, value in parts[0].items()} for rows in (~held_out, held_out)]
         note(
-            f"{name} has no test split: {held_out.sum():,} of its {len(held_out):,} images, a tenth of each class, are held out"
+            f"{name} has no test split: {held_out.sum():,} of {len(held_out):,} images, a tenth of each class, are held out"
         )
     return Dataset(name, classes, *parts)
 
@@ -78,11 +78,10 @@ def command(name: str, data_dir: Path) -> str:
         return f"python -m experiments.prepare {kind}{size}" + (
             f" --data_dir={shlex.quote(str(data_dir))}" if elsewhere else ""
         )
-    return (  # TFDS's own command line, `tfds build`, asks for more packages still
-        f"{f'TFDS_DATA_DIR={shlex.quote(str(data_dir))} ' if elsewhere else ''}uv run --no-project --python=3.12 "
-        '--with=tensorflow-datasets --with=tensorflow --with=importlib-resources python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder('{name}', file_format='array_record').download_and_prepare()\""
-    )
+    where = f"TFDS_DATA_DIR={shlex.quote(str(data_dir))} " if elsewhere else ""
+    packages = "--with=tensorflow-datasets --with=tensorflow --with=importlib-resources"
+    script = f"import tensorflow_datasets as tfds; tfds.builder('{name}', file_format='array_record').download_and_prepare()"
+    return f'{where}uv run --no-project --python=3.12 {packages} python -c "{script}"'  # `tfds build` asks for more packages
 
 
 def opened(folder: Path) -> Builder:
@@ -171,11 +170,10 @@ def _classes(builder: Builder) -> tuple[str, ...]:
     """Names of the classes, none where nothing is labelled; raises DataError for a set that is not of images."""
     features, where = builder.info.features, builder.data_path
     names = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items())
-    image = features["image"] if "image" in features else None
-    if not isinstance(image, tfds.features.Image):
+    if "image" not in features or not isinstance(features["image"], tfds.features.Image):
         raise DataError(f"{where} has no feature image of images, only {names}; name another data set")
-    if image.np_dtype != np.uint8:
-        raise DataError(f"the images of {where} are {np.dtype(image.np_dtype)}, not uint8; name another data set")
+    if (dtype := np.dtype(features["image"].np_dtype)) != np.uint8:
+        raise DataError(f"the images of {where} are {dtype}, not uint8; name another data set")
     if "label" not in features:
         return ()
     label = features["label"]
@@ -205,12 +203,12 @@ def _records(
     keys = ("image", "label") if classes else ("image",)
     features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in keys})
     # Decoded by Pillow whatever TFDS finds installed: OpenCV gives other pixels for the same JPEG.
-    decoders: dict[str, Any] = {"image": tfds.decode.SkipDecoding()}
+    decoders: Any = {"image": tfds.decode.SkipDecoding()}
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     source = builder.as_data_source(split, deserialize_method=raw, file_format="array_record")
     for index in progress(range(len(source))):
         try:
-            record = features.deserialize_example_np(source[index], decoders=decoders)
+            record: Any = features.deserialize_example_np(source[index], decoders=decoders)
             with Image.open(io.BytesIO(record["image"]), formats=FORMATS) as image:
                 pixels = square(image, image_size)
         except Exception as error:  # of array_record, protobuf or Pillow, which on damaged bytes raise nearly anything
