@@ -134,8 +134,9 @@ def _build(catalogue: Any, name: str, file: Path, data_dir: Path) -> None:
     """Writes what TFDS's own class for the set, `catalogue`, would: version, features and configs are that one's."""
     kind, _, config = name.partition("/")
 
-    class Builder(catalogue, skip_registration=True):
+    class Builder(catalogue, skip_registration=True):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
         name = kind
+        __module__ = catalogue.__module__  # which dataset_info.json names
         url_infos = None  # nothing is downloaded by TFDS, and to look takes importlib_resources, which it does not require
 
         def _split_generators(self, dl_manager) -> dict[str, Examples]:

@@ -89,7 +89,7 @@ import sys, numpy as np, rotjax
 rng = np.random.default_rng(0)
 def arrays(n): return {"image": rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8), "label": np.zeros(n, np.int32)}
 data = rotjax.Dataset("noise", ("a",), arrays(64), arrays(8))
-recipe = rotjax.Rotation(stem="cifar", width=4, batch_size=8, epochs=20)
+recipe = rotjax.Rotation(stem="cifar", width=4, batch_size=8, epochs=6)
 for row in rotjax.train(rotjax.plan(recipe, data=data), sys.argv[1], log_steps=3, checkpoint_seconds=0.0):
     print(row["step"], flush=True)
 """
@@ -104,8 +104,8 @@ def test_a_run_killed_at_any_point_ends_with_the_same_bits(tmp_path):
     seed = int(time.time())
     print("seed", seed)
     rng = np.random.default_rng(seed)
-    for _ in range(3):
-        target = rng.integers(5, 150)
+    for _ in range(2):
+        target = rng.integers(3, 44)
         with start(tmp_path / "killed") as process:
             for line in process.stdout:
                 if int(line) >= target:

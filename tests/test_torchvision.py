@@ -255,7 +255,7 @@ def test_an_import_is_a_copy():
         ({"fc.gain": np.ones(3)}, ["1 at fault", "fc.gain is [3], should be absent"]),
         ({"layer1.0.bn1.weight": np.ones(9)}, ["1 at fault", "layer1.0.bn1.weight is [9], should be [64]"]),
         ({"fc.bias": np.ones((10, 1, 1))}, ["fc.bias is [10, 1, 1], should be [10]"]),
-        ({"conv1.weight": np.ones((0, 3, 7, 7))}, ["conv1.weight is [0, 3, 7, 7], should be"]),
+        ({"conv1.weight": np.ones((0, 3, 7, 7))}, ["1 at fault", "conv1.weight is [0, 3, 7, 7], should be [64, 3, 7, 7]"]),
         (
             {"layer1.0.bn1.weight": None, "fc.weight": np.ones((10, 7))},
             ["2 at fault", "layer1.0.bn1.weight is", "fc.weight is"],
