@@ -84,10 +84,9 @@ def _transposed(array: np.ndarray, axes: dict[int, tuple[int, ...]]) -> np.ndarr
 
 def _expected(name: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """The abstract variables of the `name` that `arrays`, under torchvision's keys, are; UsageError if they are none."""
-    stem, head = (arrays.get(f"{_module(name, path)}.weight") for path in ("backbone/stem/conv", "head"))
-    readable = stem is not None and stem.ndim == 4 and len(stem) > 1  # a narrower network could not grow
-    width, _, _, size = stem.shape if readable else (64, 3, 7, 7)
-    num_classes = len(head) if head is not None and head.ndim else 1000
+    stem, head = (np.shape(arrays.get(f"{_module(name, path)}.weight", ())) for path in ("backbone/stem/conv", "head"))
+    width, _, _, size = stem if len(stem) == 4 and stem[0] > 1 else (64, 3, 7, 7)  # a DenseNet of width 1 cannot grow
+    num_classes, _ = head if len(head) == 2 else (1000, None)
     kind = "cifar" if size == 3 else "imagenet"
     variables = abstract_variables(create(name, num_classes, kind, width=width), 32)
     expected = {
