@@ -8,7 +8,7 @@ import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import jax
 import tyro
@@ -43,9 +43,10 @@ class Execution:
 def main(kind: type[rotjax.Recipe]) -> int:
     """Parses the flags of `kind` and carries the run out; returns the exit code."""
 
-    def command(recipe: flags(kind), execution: Execution) -> int:
+    def command(recipe, execution: Execution) -> int:
         return guarded(lambda: carry_out(kind(**dataclasses.asdict(recipe)), execution))
 
+    command.__annotations__["recipe"] = flags(kind)
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
     prog = f"python -m experiments.{kind.job}"
     return tyro.cli(command, prog=prog, description=kind.__doc__, config=config, use_underscores=True)
@@ -62,8 +63,10 @@ def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
             words += [f"{other} {own[name]}" for other, own in DEFAULTS.items() if name in own]
             words += ["the pretrained network's"] if name in NETWORK and kind is rotjax.Classification else []
             annotations[name] = Annotated[hint | None, _default("; ".join(words))]
-    body = {"__annotations__": annotations, "__doc__": kind.__doc__} | {name: getattr(kind, name) for name in annotations}
-    return dataclass(frozen=True)(type(kind.__name__, (kind,), body))
+    body: dict[str, Any] = {name: getattr(kind, name) for name in annotations}
+    body |= {"__annotations__": annotations, "__doc__": kind.__doc__}
+    shown: Any = type(kind.__name__, (kind,), body)
+    return dataclass(frozen=True)(shown)
 
 
 def guarded(job) -> int:

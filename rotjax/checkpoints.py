@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -18,10 +19,10 @@ logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.ERR
 @contextmanager
 def open_checkpoints(directory: Path, keep: int = 2) -> Iterator[ocp.training.Checkpointer]:
     """Checkpoints in `directory`, the newest `keep` of them kept; waits on leaving for a save under way."""
-    policy = ocp.training.preservation_policies.LatestN(keep)
-    always = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+    policy: Any = ocp.training.preservation_policies.LatestN(keep)
+    always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
     with ocp.training.Checkpointer(
-        directory.resolve(), preservation_policy=policy, save_decision_policy=always, cleanup_tmp_directories=True
+        _absolute(directory), preservation_policy=policy, save_decision_policy=always, cleanup_tmp_directories=True
     ) as checkpoints:
         yield checkpoints
 
@@ -61,7 +62,7 @@ def restore(checkpoints: ocp.training.Checkpointer, state: TrainState) -> TrainS
 def latest_step(directory: Path) -> int:
     """Step of the newest checkpoint in `directory`; CheckpointError where there is none."""
     try:
-        with ocp.training.Checkpointer(directory.resolve()) as checkpoints:
+        with ocp.training.Checkpointer(_absolute(directory)) as checkpoints:
             if checkpoints.latest is not None:
                 return checkpoints.latest.step
     except (OSError, ValueError) as error:
@@ -72,9 +73,13 @@ def latest_step(directory: Path) -> int:
 def load_parts(directory: Path, step: int, abstract: dict) -> dict:
     """The parts named in `abstract`, in its shapes and on its devices; CheckpointError for any mismatch."""
     try:
-        return ocp.load_checkpointables(directory.resolve() / str(step), jax.tree.map(_abstract, abstract))
+        return ocp.load_checkpointables(_absolute(directory / str(step)), jax.tree.map(_abstract, abstract))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"step {step} in {directory} cannot be loaded: {first_line(error)}") from error
+
+
+def _absolute(path: Path) -> str:
+    return str(path.resolve())  # Orbax starts to save below a relative path, and then refuses it
 
 
 def _parts(state: TrainState) -> dict[str, dict]:

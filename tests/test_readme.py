@@ -1,14 +1,28 @@
-"""The README's Python runs as it stands."""
+"""The README's Python runs as it stands, and its numbers are those of the runs that it names."""
 
+import json
 import re
 from pathlib import Path
 
 import jax
 import numpy as np
 
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_number_of_the_table_is_that_of_a_committed_run():
+    rows = re.findall(
+        r"^\| \w+ \|.*\| ([\d.]+) \| (\d+) \| \[.*\]\((.*)\) \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert rows
+    for accuracy, epochs, folder in rows:
+        summary = json.loads((ROOT / folder / "summary.json").read_text())
+        exact = summary["rotation_accuracy"] if "rotation_accuracy" in summary else summary["accuracy"]
+        assert (accuracy, epochs) == (f"{100 * exact:.2f}", str(summary["epochs"]))
+
 
 def test_the_ten_lines_train_on_the_callers_own_arrays():
-    (code,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     rng = np.random.default_rng(0)
     images = np.linspace(0, 200, 32).astype(np.uint8).repeat(32).reshape(1, 32, 32, 1) + rng.integers(
         0, 40, (64, 32, 32, 3), dtype=np.uint8

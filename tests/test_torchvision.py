@@ -60,12 +60,12 @@ def build(torch, networks):
         with torch.no_grad():
             for module in model.modules():
                 if isinstance(module, torch.nn.BatchNorm2d):
-                    module.weight.uniform_(0.3, 0.9)
+                    module.weight.uniform_(0.5, 1)
                     module.bias.normal_(0, 0.2)
                     module.running_mean.normal_(0, 0.2)
                     module.running_var.uniform_(0.5, 1.5)
                 elif isinstance(module, torch.nn.Linear):
-                    module.bias.uniform_(-1, 1)
+                    module.bias.uniform_(-0.1, 0.1)
         return model
 
     return network
