@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from rotjax.data.batches import Arrays
 from rotjax.data.dataset import Dataset
+from rotjax.data.decoded import decoded, fingerprint
 from rotjax.data.sources import square
 from rotjax.errors import DataError, RotjaxError, UsageError
 
@@ -45,10 +47,9 @@ def load(
     splits = builder.info.splits
     if "train" not in splits:
         raise DataError(f"{folder} has no split train, only {', '.join(splits) or 'none'}; name another data set")
-    parts = [_arrays(builder, "train", len(classes), image_size, progress)]
-    if test := next((split for split in ("test", "validation") if split in splits), None):
-        parts.append(_arrays(builder, test, len(classes), image_size, progress))
-    else:
+    tests = [split for split in ("test", "validation") if split in splits][:1]
+    parts = _arrays(builder, ["train", *tests], len(classes), image_size, progress, note)
+    if not tests:
         held_out = _tenth(parts[0]["label"])
         parts = [{key: value[rows] for key, value in parts[0].items()} for rows in (~held_out, held_out)]
         note(
@@ -169,7 +170,7 @@ def _absent(name: str, data_dir: Path) -> RotjaxError:
 def _classes(builder: Builder) -> tuple[str, ...]:
     """Names of the classes, none where nothing is labelled; raises DataError for a set that is not of images."""
     features, where = builder.info.features, builder.data_path
-    names = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items())
+    names = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in sorted(features.items()))
     if "image" not in features or not isinstance(features["image"], tfds.features.Image):
         raise DataError(f"{where} has no feature image of images, only {names}; name another data set")
     if (dtype := np.dtype(features["image"].np_dtype)) != np.uint8:
@@ -185,15 +186,21 @@ def _classes(builder: Builder) -> tuple[str, ...]:
     return tuple(label.names)
 
 
-def _arrays(builder: Builder, split: str, classes: int, image_size: int, progress: Callable) -> Arrays:
-    """All of `split`, decoded: `{'image': u8[N,H,H,3], 'label': i32[N]}`."""
-    count = builder.info.splits[split].num_examples
-    if not count:
-        raise DataError(f"the split {split} of {builder.data_path} has no images; name another data set")
-    images, labels = np.empty((count, image_size, image_size, 3), np.uint8), np.empty(count, np.int32)
-    for row, (image, label) in enumerate(_records(builder, split, classes, image_size, progress)):
-        images[row], labels[row] = image, label
-    return {"image": images, "label": labels}
+def _arrays(
+    builder: Builder, splits: list[str], classes: int, image_size: int, progress: Callable, note: Callable[[str], None]
+) -> list[Arrays]:
+    """Each of `splits`, decoded: `{'image': u8[N,H,H,3], 'label': i32[N]}`; decoded again where a file has changed."""
+    folder, counts = Path(builder.data_path), [builder.info.splits[split].num_examples for split in splits]
+    if not all(counts):
+        raise DataError(f"the split {splits[counts.index(0)]} of {folder} has no images; name another data set")
+    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+    records = chain.from_iterable(_records(builder, split, classes, image_size, progress) for split in splits)
+    key = fingerprint(str(folder.resolve()), states, splits, image_size)
+    arrays, _ = decoded(key, sum(counts), image_size, records, note=note)
+    ends = np.cumsum(counts)
+    return [
+        {key: value[end - count : end] for key, value in arrays.items()} for end, count in zip(ends, counts, strict=True)
+    ]
 
 
 def _records(
