@@ -31,8 +31,8 @@ def import_weights(name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Any
 def export_weights(name: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """torchvision's state dict of our `name`, as writable NumPy arrays of the dtypes in `variables`.
 
-    `load_state_dict(..., strict=True)` takes it: torch itself starts `num_batches_tracked`, which it only reads where a
-    norm has no momentum, in a state dict without it. Raises UsageError as `import_weights` does.
+    `load_state_dict(..., strict=True)` takes it: where a plain dict has no `num_batches_tracked`, which torch reads only in
+    a norm without momentum, the network keeps its own. Raises UsageError as `import_weights` does.
     """
     leaves = jax.tree.leaves_with_path(variables)
     arrays = {_key(name, path): _transposed(np.asarray(leaf), TO_TORCH) for path, leaf in leaves}
