@@ -2,11 +2,12 @@
 
 import hashlib
 import http.client
+import logging
 import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from tensorflow_datasets.core.download import checksums
 from tqdm import tqdm
 
 from rotjax.errors import DataError, UsageError
+
+log = logging.getLogger(__name__)
 
 TIMEOUT = 20.0  # seconds without a byte
 PATIENCE = (1, 2, 4, 8)  # seconds to wait before trying again, once something has come
@@ -58,7 +61,7 @@ def verify(archive: Archive, path: Path) -> None:
         raise DataError(f"{path} has the SHA-256 {checksum}, expected {archive.checksum}; fetch {archive.url} again")
 
 
-def fetch(archive: Archive, path: Path, note: Callable[[str], None] = lambda line: None) -> None:
+def fetch(archive: Archive, path: Path) -> None:
     """Sees to it that `path` is `archive`: downloads it where it is not, going on with `<path>.partial` if there is one.
 
     Shows a bar on stderr where that is a terminal. Raises DataError where the server is out of reach or falls silent, and
@@ -72,7 +75,7 @@ def fetch(archive: Archive, path: Path, note: Callable[[str], None] = lambda lin
     if _size(partial) > archive.size:
         partial.unlink()
     have = _size(partial)
-    note(f"downloading {archive.url}, {_share(have, archive) if have else _megabytes(archive.size)}")
+    log.info(f"downloading {archive.url}, {_share(have, archive) if have else _megabytes(archive.size)}")
     _download(archive, partial)
     try:
         verify(archive, partial)

@@ -20,6 +20,8 @@ from rotjax.data.sources import DEFAULTS
 from rotjax.errors import RotjaxError, UsageError
 from rotjax.recipe import NETWORK
 
+log = logging.getLogger(__name__)
+
 
 def _default(words: str):
     """A default that `--help` says in words."""
@@ -72,7 +74,8 @@ def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
 def guarded(job) -> int:
     """Runs `job`; an error of ours becomes one line and its exit code."""
     try:
-        job()
+        with report.listening():
+            job()
     except RotjaxError as error:
         print(f"rotjax: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
@@ -85,19 +88,13 @@ def carry_out(recipe: rotjax.Recipe, execution: Execution) -> None:
         raise UsageError("--log_steps is at least 1 and --checkpoint_seconds at least 0")
     cache_compilations()
     warn_of_idle_gpu()
-    plan = rotjax.plan(recipe, data_dir=execution.data_dir, progress=decoding, note=report.say)
+    plan = rotjax.plan(recipe, data_dir=execution.data_dir, progress=decoding)
     workdir = execution.workdir or Path("runs") / plan.recipe.name
     with report.Progress(plan) as progress:
-        rows = rotjax.train(
-            plan,
-            workdir,
-            log_steps=execution.log_steps,
-            checkpoint_seconds=execution.checkpoint_seconds,
-            note=progress.note,
-        )
-        for row in rows:
+        cadence = {"log_steps": execution.log_steps, "checkpoint_seconds": execution.checkpoint_seconds}
+        for row in rotjax.train(plan, workdir, **cadence):
             progress.show(row)
-    figures.draw(workdir, plan, report.say)
+    figures.draw(workdir, plan)
     report.summarise(workdir, plan, execution.data_dir)
 
 
@@ -117,7 +114,7 @@ def cache_compilations() -> None:
         if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise OSError(f"{folder} can be written by others")
     except OSError as error:
-        print(f"rotjax: no compilation cache: {error}", file=sys.stderr)
+        log.warning(f"no compilation cache: {error}")
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
@@ -125,7 +122,7 @@ def cache_compilations() -> None:
 def warn_of_idle_gpu() -> None:
     """Says which extra to install where an NVIDIA GPU is there and JAX runs on the CPU."""
     if shutil.which("nvidia-smi") and jax.default_backend() == "cpu":
-        print("rotjax: an NVIDIA GPU is here but JAX runs on the CPU; install rotjax[cuda12]", file=sys.stderr)
+        log.warning("an NVIDIA GPU is here but JAX runs on the CPU; install rotjax[cuda12]")
 
 
 logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)

@@ -2,8 +2,9 @@
 
 import io
 import json
+import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -17,6 +18,8 @@ import rotjax
 from rotjax.data import tasks
 from rotjax.errors import CheckpointError
 from rotjax.run import Plan
+
+log = logging.getLogger(__name__)
 
 NAMES: tuple[str, ...] = ("curves.png", "predictions.png", "confusion.png")
 SHOWN = 32  # images of predictions.png
@@ -45,12 +48,12 @@ STYLE = {
 }
 
 
-def draw(workdir: Path, plan: Plan, note: Callable[[str], None] = lambda line: None) -> None:
+def draw(workdir: Path, plan: Plan) -> None:
     """Draws those of `NAMES` that the workdir of a finished run lacks; raises CheckpointError where it cannot write."""
     makers = dict(zip(NAMES, (_curves, _predictions, _confusion), strict=True))
     missing = [name for name in NAMES if not (workdir / name).exists()]
     if missing:
-        note("drawing the figures")
+        log.info("drawing the figures")
     with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a class's name, which becomes a box
         for name in missing:
@@ -140,7 +143,7 @@ def save(figure: Figure, path: Path) -> None:
 def _curves(workdir: Path, plan: Plan) -> Figure:
     recipe = plan.recipe
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    falls = [e for e in range(recipe.decay_epochs, recipe.epochs, recipe.decay_epochs) if e * plan.epoch_steps < plan.steps]
+    falls = [step // plan.epoch_steps for step in plan.boundaries]
     title = f"{_data(recipe)}: {recipe.backbone} learns to predict {_what(recipe)}"
     return curves([row for row in rows if "test_loss" in row], plan.epoch_steps, falls, title)
 

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import io
+import logging
 import shlex
 import shutil
 import sys
@@ -23,6 +24,8 @@ from experiments.command import guarded
 from experiments.report import say
 from rotjax.data import prepared
 from rotjax.errors import DataError, InUseError, Stopped, UsageError
+
+log = logging.getLogger("experiments.prepare")  # __name__ is "__main__" where it is run
 
 ARCHIVES = {
     "cifar10": "cifar-10-binary.tar.gz",
@@ -63,7 +66,7 @@ def run(dataset: str, archive: Path | None, data_dir: Path | None, image_size: i
         raise UsageError(f"--image_size={image_size}: it is for imagenette, and at least 1; leave it out")
     name = prepared.qualified(dataset, image_size or 160)
     try:
-        folder = prepare(name, prepared.home(data_dir), archive, note=say)
+        folder = prepare(name, prepared.home(data_dir), archive)
     except KeyboardInterrupt:
         raise Stopped("stopped; the same command goes on") from None
     flags = f"--dataset={dataset}" + (f" --image_size={image_size or 160}" if dataset == "imagenette" else "")
@@ -77,7 +80,6 @@ def prepare(
     file: Path | None = None,
     *,
     archive: Archive | None = None,
-    note: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """The folder in `data_dir` where the set `name`, a key of ARCHIVES, is prepared: all of it or nothing.
 
@@ -99,11 +101,11 @@ def prepare(
         _check_space(data_dir, archive.size + (0 if file else lacking(archive, download)))
         with _claimed(download.with_name(f"{archive.filename}.lock")):
             if not file:
-                fetch(archive, file := download, note)
-                note(f"{file} is there; once {name} is prepared it may be removed")
+                fetch(archive, file := download)
+                log.info(f"{file} is there; once {name} is prepared it may be removed")
             for leftover in folder.parent.glob(f"incomplete.*_{folder.name}"):  # of a run that was killed
                 shutil.rmtree(leftover)
-            note(f"preparing {name} from {file}")
+            log.info(f"preparing {name} from {file}")
             _build(catalogue, name, file, data_dir)
     except (tarfile.TarError, zlib.error, EOFError) as error:
         raise DataError(f"{file} cannot be unpacked ({error}); fetch {archive.url} again") from error

@@ -1,10 +1,13 @@
-"""What a person sees of a run: its progress, a row per epoch, a summary. All of it goes to stdout, in plain ASCII."""
+"""What a person sees of a run, in plain ASCII: its progress, a row per epoch, a summary on stdout, warnings on stderr."""
 
 import json
+import logging
 import os
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,6 +31,34 @@ def say(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class Lines(logging.Handler):
+    """Says what is logged."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING:
+            say(record.getMessage())
+        else:
+            tqdm.write(f"rotjax: {record.getMessage()}", file=sys.stderr)
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Says what rotjax and its commands log meanwhile."""
+    handler, loggers = Lines(), [logging.getLogger(name) for name in ("rotjax", "experiments")]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+        logger.propagate = False  # absl gives the root logger a handler of its own
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+
 class Progress:
     """A bar over the steps where stdout is a terminal; notes and a row per epoch anywhere."""
 
@@ -45,10 +76,6 @@ class Progress:
 
     def __exit__(self, *_) -> None:
         self.bar.close()
-
-    def note(self, line: str) -> None:
-        """Shows a line about what is being done."""
-        say(line)
 
     def show(self, row: dict) -> None:
         """Moves the bar to the step of `row`, a row of metrics.jsonl; a row of an epoch becomes one of the table."""

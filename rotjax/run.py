@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -20,11 +21,7 @@ from rotjax.parallel import check_batch, data_mesh, replicated, split
 from rotjax.recipe import NETWORK, Classification, Recipe, Rotation, check
 from rotjax.transfer import graft, part
 
-Note = Callable[[str], None]
-
-
-def silent(line: str) -> None:
-    """A note taker that listens to nothing."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,12 @@ class Plan:
     epoch_steps: int
     steps: int
 
+    @property
+    def boundaries(self) -> range:
+        """The steps from which on the learning rate is a tenth of what it was."""
+        period = self.recipe.decay_epochs * self.epoch_steps
+        return range(period, self.steps, period)
+
 
 def plan(
     recipe: Recipe,
@@ -44,7 +47,6 @@ def plan(
     data: Dataset | None = None,
     data_dir: str | Path | None = None,
     progress: Callable = iter,
-    note: Note = silent,
 ) -> Plan:
     """Refuses here whatever can be refused; reads the pretrained backbone and the data, writes no workdir.
 
@@ -63,7 +65,7 @@ def plan(
     check_batch(recipe.batch_size, data_mesh())
     backbone = _load_part(recipe, donor, step, "backbone") if donor else None
     if data is None:
-        data = sources.load(recipe.dataset, image_size=recipe.image_size, data_dir=data_dir, progress=progress, note=note)
+        data = sources.load(recipe.dataset, image_size=recipe.image_size, data_dir=data_dir, progress=progress)
     epoch_steps = len(data.train["label"]) // recipe.batch_size
     if isinstance(recipe, Classification):
         recipe, data = _classes(recipe, data)
@@ -74,27 +76,25 @@ def plan(
     return Plan(recipe, data, backbone, epoch_steps, min(steps, recipe.max_steps or steps))
 
 
-def train(
-    plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_seconds: float = 60.0, note: Note = silent
-) -> Iterator[dict]:
+def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_seconds: float = 60.0) -> Iterator[dict]:
     """Carries `plan` out in `workdir`, or goes on where it stopped, yielding each row that `metrics.jsonl` gets.
 
-    Leaves `recipe.json`, `checkpoints/`, `metrics.jsonl` and, at the end, `summary.json`; `note` is told in lines what
-    happens. Raises Stopped once SIGTERM or SIGINT came and the state is saved, UsageError for a workdir of another
-    recipe, InUseError where another process is at work, NonFiniteError, CheckpointError.
+    Leaves `recipe.json`, `checkpoints/`, `metrics.jsonl` and, at the end, `summary.json`. Raises Stopped once SIGTERM or
+    SIGINT came and the state is saved, UsageError for a workdir of another recipe, InUseError where another process is
+    at work, NonFiniteError, CheckpointError.
     """
     began, workdir, recipe, mesh = time.perf_counter(), Path(workdir), plan.recipe, data_mesh()
     with ExitStack() as stack:
         stack.enter_context(workdirs.claimed(workdir, recipe))
         stopping = stack.enter_context(workdirs.signals())
         saved = stack.enter_context(checkpoints.open_checkpoints(workdir / "checkpoints"))
-        model, optimizer, state = _build(plan, saved, note)
-        first = int(state.step)
-        if first == plan.steps and (workdir / "summary.json").exists():
-            note(f"already complete at step {first}")
+        if saved.latest and saved.latest.step == plan.steps and (workdir / "summary.json").exists():
+            log.info(f"already complete at step {plan.steps}")
             return
+        model, optimizer, state = _build(plan, saved)
+        first = int(state.step)
         if first:
-            note(f"going on from step {first} of {plan.steps}")
+            log.info(f"going on from step {first} of {plan.steps}")
         write = stack.enter_context(workdirs.metrics(workdir, first))
         score, testing = _scorer(plan, model), 0.0
         question, test_question = _tasks(recipe)
@@ -111,7 +111,7 @@ def train(
         )
         step = training.train_step(model, optimizer, mesh)
         if first < plan.steps:
-            note("compiling the train step")
+            log.info("compiling the train step")
             step = step.lower(state, jax.device_put(stream[first], split(mesh))).compile()
         threads = 0 if jax.default_backend() == "cpu" else 1  # a reading thread would take its time from a CPU's steps
         reader = stack.enter_context(closing(batches.read(stream, start=first, threads=threads)))
@@ -134,7 +134,7 @@ def train(
         if last < plan.steps:
             saved.wait()
             raise Stopped(f"stopped at step {last} of {plan.steps}, saved in {workdir}; the same command goes on")
-        note("scoring the test set")
+        log.info("scoring the test set")
         views = (last - first) * recipe.batch_size * (4 if question is tasks.all_turns else 1)
         summary = _final_scores(plan, score, state.variables) | {
             "images_per_second": round(views / seconds, 1) if views else None,
@@ -197,22 +197,23 @@ def _load_part(recipe: Recipe, workdir: Path, step: int, name: str) -> dict:
     return checkpoints.load_parts(workdir / "checkpoints", step, {name: abstract})[name]
 
 
-def _build(plan: Plan, saved, note: Note) -> tuple[Classifier, optax.GradientTransformation, training.TrainState]:
+def _build(plan: Plan, saved) -> tuple[Classifier, optax.GradientTransformation, training.TrainState]:
     """The network, its optimizer, and the newest saved state or step 0: initialise, graft, then the optimizer's state."""
     recipe = plan.recipe
     model = recipe.model()
     variables = training.init_variables(model, recipe.seed, recipe.image_size)
     if isinstance(recipe, Classification) and plan.backbone is not None:
         variables = graft(variables, "backbone", plan.backbone)
-        note(f"taken from {recipe.pretrained}: the backbone, {len(jax.tree.leaves(plan.backbone))} arrays; new: the head")
-    boundaries = range(recipe.decay_epochs * plan.epoch_steps, plan.steps, recipe.decay_epochs * plan.epoch_steps)
-    optimizer = optim.adamw(optim.piecewise(recipe.learning_rate, boundaries), recipe.weight_decay, recipe.frozen)
+        log.info(
+            f"taken from {recipe.pretrained}: the backbone, {len(jax.tree.leaves(plan.backbone))} arrays; new: the head"
+        )
+    optimizer = optim.adamw(optim.piecewise(recipe.learning_rate, plan.boundaries), recipe.weight_decay, recipe.frozen)
     labels = jax.tree.leaves(optim.labels(variables["params"], recipe.frozen))
     sizes = [leaf.size for leaf in jax.tree.leaves(variables["params"])]
     trainable = sum(size for size, label in zip(sizes, labels, strict=True) if label == "trainable")
     statistics = "held" if recipe.held else "moving"
     frozen = f"; frozen: {', '.join(recipe.frozen)}, their statistics {statistics}" if recipe.frozen else ""
-    note(f"{recipe.backbone}, {recipe.stem} stem: {trainable:,} of {sum(sizes):,} parameters train{frozen}")
+    log.info(f"{recipe.backbone}, {recipe.stem} stem: {trainable:,} of {sum(sizes):,} parameters train{frozen}")
     return model, optimizer, checkpoints.restore(saved, training.init_state(optimizer, variables))
 
 

@@ -1,5 +1,6 @@
 """Tests run on one CPU device, and share a cache of compiled programs with the commands that they start."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -16,6 +17,20 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 def own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache of decoded images."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def notes():
+    """The lines that rotjax and its commands log."""
+    lines, handler = [], logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("rotjax", "experiments")]
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+    yield lines
+    for logger in loggers:
+        logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

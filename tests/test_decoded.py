@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
@@ -51,11 +52,10 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_stored_once_and_mapped(home):
-    notes = []
-    check(decoded(KEY, 6, SIZE, records(), note=notes.append))
+def test_stored_once_and_mapped(home, notes):
+    check(decoded(KEY, 6, SIZE, records()))
     assert notes == [f"decoding 6 images at 8 px into a 0.0 MB cache in {home / KEY}"]
-    result = decoded(KEY, 6, SIZE, never(), note=notes.append)
+    result = decoded(KEY, 6, SIZE, never())
     check(result)
     assert isinstance(result[0]["image"].base, np.memmap) and len(notes) == 1
     assert names(home) == [KEY]
@@ -87,17 +87,17 @@ def test_key_depends_on_every_fact():
         lambda folder: (folder / "metadata.json").write_text('{"count": 5, "dropped": 1}'),
     ],
 )
-def test_damage_is_noticed_and_mended(home, damage):
+def test_damage_is_noticed_and_mended(home, damage, notes):
     check(decoded(KEY, 6, SIZE, records()))
     damage(home / KEY)
-    notes = []
-    check(decoded(KEY, 6, SIZE, records(), note=notes.append))
+    notes.clear()
+    check(decoded(KEY, 6, SIZE, records()))
     assert notes[0] == f"{home / KEY} is damaged; decoding again"
     check(decoded(KEY, 6, SIZE, never()))
     assert names(home) == [KEY]
 
 
-def test_killed_while_decoding(home):
+def test_killed_while_decoding(home, notes):
     """Another process decodes, this one waits for it, it is killed: this one decodes, and nothing is left of the other."""
     program = f"""
 import sys, threading, time, numpy as np
@@ -111,17 +111,13 @@ for key in sys.argv[1:]:
 """
     keys = [KEY, fingerprint("never asked for again")]
     process = subprocess.Popen([sys.executable, "-c", program, *keys], stdout=subprocess.PIPE)
-    waiting, notes = threading.Event(), []
-
-    def note(line):
-        notes.append(line)
-        waiting.set()
-
     with ThreadPoolExecutor(1) as pool:
         try:
             assert process.stdout and [process.stdout.readline() for _ in keys] == [b"decoding\n"] * 2
-            result = pool.submit(decoded, KEY, 6, SIZE, records(), note=note)
-            assert waiting.wait(60)
+            result = pool.submit(decoded, KEY, 6, SIZE, records())
+            deadline = time.monotonic() + 60
+            while not notes and time.monotonic() < deadline:
+                time.sleep(0.01)
             assert not result.done() and {f"{key}.partial" for key in keys} <= set(names(home))
         finally:
             process.kill()
@@ -180,12 +176,12 @@ def test_disk_that_fills_up(home):
     assert names(home) == []
 
 
-def test_no_cache_folder(tmp_path, monkeypatch):
+def test_no_cache_folder(tmp_path, monkeypatch, notes):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     for _ in range(2):
-        notes = []
-        check(decoded(KEY, 6, SIZE, records(), note=notes.append))
+        notes.clear()
+        check(decoded(KEY, 6, SIZE, records()))
         assert len(notes) == 1 and "into 0.0 MB of memory" in notes[0]
     with pytest.raises(DataError, match=r"no cache for 10,000 images at 224 px .*XDG_CACHE_HOME.*1\.5 GB"):
         decoded(KEY, 10_000, 224, never())

@@ -50,11 +50,10 @@ def refused(folder, message):
 # Layouts
 
 
-def test_a_folder_per_class(folder):
+def test_a_folder_per_class(folder, notes):
     paint_classes(folder, 20)
     paint(folder / "cats" / "deeper" / "still" / "Z.JPG", 99)
-    notes = []
-    data = load(folder, SIZE, note=notes.append)
+    data = load(folder, SIZE)
     assert data.name == "photos" and data.classes == ("cats", "dogs")
     assert data.train["label"].tolist() == [0] * 19 + [1] * 18 and data.test["label"].tolist() == [0, 0, 1, 1]
     assert sorted(shades(data.train) + shades(data.test)) == [*range(20), 99, *range(100, 120)]
@@ -86,21 +85,19 @@ def test_a_tenth_of_each_class_but_one_at_least(folder, count, held):
     assert np.bincount(data.train["label"]).tolist() == [count - held] * 2
 
 
-def test_a_class_of_one_image_is_trained_on(folder):
+def test_a_class_of_one_image_is_trained_on(folder, notes):
     paint_classes(folder)
     paint(folder / "rare" / "one.png", 250)
-    notes = []
-    data = load(folder, SIZE, note=notes.append)
+    data = load(folder, SIZE)
     assert 250 in shades(data.train) and 2 not in data.test["label"]
     assert "no readable image to test on of class rare" in notes
 
 
-def test_images_without_classes(folder):
+def test_images_without_classes(folder, notes):
     for number in range(20):
         paint(folder / f"{number:02d}.png", number)
     (folder / "albums").mkdir()
-    notes = []
-    data = load(folder, SIZE, note=notes.append)
+    data = load(folder, SIZE)
     assert data.classes == () and len(shades(data.test)) == 2
     assert set(data.train["label"]) == set(data.test["label"]) == {-1}
     assert notes[-1] == "18 images to train on, 2 to test on, a tenth held out by file name whatever the seed; no classes"
@@ -108,21 +105,19 @@ def test_images_without_classes(folder):
 
 @pytest.mark.parametrize("train, test", [("train", "test"), ("train", "val"), ("train", "validation"), ("Train", "TEST")])
 @pytest.mark.parametrize("classes", [("cats", "dogs"), ("",)])
-def test_folders_of_the_split(folder, train, test, classes):
+def test_folders_of_the_split(folder, train, test, classes, notes):
     paint_classes(folder / train, 3, classes)
     paint_classes(folder / test, 1, classes)
-    notes = []
-    data = load(folder, SIZE, note=notes.append)
+    data = load(folder, SIZE)
     assert data.classes == (classes if all(classes) else ())
     assert (len(shades(data.train)), len(shades(data.test))) == (3 * len(classes), len(classes))
     assert "held out" not in notes[-1]
 
 
-def test_test_goes_before_validation_before_val(folder):
+def test_test_goes_before_validation_before_val(folder, notes):
     for shade, name in enumerate(("train", "val", "validation", "test")):
         paint(folder / name / "a.png", shade)
-    notes = []
-    assert shades(load(folder, SIZE, note=notes.append).test) == [3]
+    assert shades(load(folder, SIZE).test) == [3]
     assert notes[0] == "training on train, testing on test; left alone beside: val, validation"
     for name, shade in (("test", 2), ("validation", 1)):
         (folder / name / "a.png").rename(folder / f"{name}.png")
@@ -130,22 +125,20 @@ def test_test_goes_before_validation_before_val(folder):
         assert shades(load(folder, SIZE).test) == [shade]
 
 
-def test_train_alone_is_split_and_train_among_others_is_a_class(folder):
+def test_train_alone_is_split_and_train_among_others_is_a_class(folder, notes):
     paint_classes(folder / "train")
     paint(folder / "loose.png")
-    notes = []
-    assert load(folder, SIZE, note=notes.append).classes == ("cats", "dogs")
+    assert load(folder, SIZE).classes == ("cats", "dogs")
     assert notes[0] == "training on train; left alone beside: loose.png" and "held out" in notes[-1]
     paint(folder / "bus" / "a.png")
     assert load(folder, SIZE).classes == ("bus", "train")
 
 
-def test_images_beside_class_folders(folder):
+def test_images_beside_class_folders(folder, notes):
     paint_classes(folder)
     for number in range(7):
         paint(folder / f"loose{number}.png", 255)
-    notes = []
-    data = load(folder, SIZE, note=notes.append)
+    data = load(folder, SIZE)
     assert 255 not in shades(data.train) + shades(data.test)
     assert f"7 images beside the class folders of {folder} are left out: loose0.png, loose1.png" in notes[0]
     assert notes[0].endswith("loose4.png and 2 more")
@@ -162,15 +155,14 @@ def test_links(folder, tmp_path):
     assert sorted(shades(data.train) + shades(data.test)) == [*range(10), 100, 105]
 
 
-def test_names_that_are_no_text(folder):
+def test_names_that_are_no_text(folder, notes):
     strange = os.fsdecode(b"caf\xe9\n")
     try:
         paint_classes(folder, 3, ("plain", strange))
     except OSError:
         pytest.skip("this file system takes names in UTF-8 only")
     (folder / strange / f"{strange}.png").write_bytes(b"")
-    notes = []
-    data = load(folder, SIZE, note=notes.append)
+    data = load(folder, SIZE)
     assert data.classes == ("caf\\udce9\\n", "plain")
     assert len(shades(data.train) + shades(data.test)) == 6
     assert not any("\n" in note for note in notes) and json.dumps([notes, data.classes], ensure_ascii=False).encode()
@@ -226,7 +218,7 @@ def png(width, height):
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def test_unreadable_files_are_counted_and_named(folder):
+def test_unreadable_files_are_counted_and_named(folder, notes):
     paint_classes(folder)
     cats = folder / "cats"
     (cats / "a.png").write_bytes(b"")
@@ -241,8 +233,8 @@ def test_unreadable_files_are_counted_and_named(folder):
     (cats / "i.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
     names = []
     for _ in range(2):  # the second time from the cache
-        notes = []
-        data = load(folder, SIZE, progress=lambda files: names.append(files) or files, note=notes.append)
+        notes.clear()
+        data = load(folder, SIZE, progress=lambda files: names.append(files) or files)
         assert sorted(shades(data.train) + shades(data.test)) == [*range(10), *range(100, 110)]
         (line,) = (note for note in notes if "cannot be read" in note)
         reasons = "cats/a.png (empty), cats/b.jpg (not an image that Pillow opens), cats/c.png ("
@@ -251,18 +243,17 @@ def test_unreadable_files_are_counted_and_named(folder):
     assert len(names) == 1
     for name in "abcde":
         (cats / next(cats.glob(f"{name}.*"))).unlink()
-    notes = []
-    load(folder, SIZE, note=notes.append)
+    notes.clear()
+    load(folder, SIZE)
     assert "4 of 24" in notes[1] and "cats/f.png (too many pixels), cats/g.png (too many pixels)" in notes[1]
 
 
-def test_files_without_permission(folder):
+def test_files_without_permission(folder, notes):
     paint_classes(folder)
     (folder / "cats" / "00.png").chmod(0)
     if os.access(folder / "cats" / "00.png", os.R_OK):
         pytest.skip("this user may read everything")
-    notes = []
-    load(folder, SIZE, note=notes.append)
+    load(folder, SIZE)
     assert "cats/00.png (Permission denied)" in notes[1]
     (folder / "cats" / "00.png").chmod(0o600)
     assert 0 in shades(load(folder, SIZE).train) + shades(load(folder, SIZE).test)
@@ -271,13 +262,12 @@ def test_files_without_permission(folder):
     (folder / "cats").chmod(0o700)
 
 
-def test_other_files_are_passed_over(folder):
+def test_other_files_are_passed_over(folder, notes):
     paint_classes(folder)
     for name in (".DS_Store", "._00.png", "notes.txt", "clip.mov", "clip2.mov", "LICENSE"):
         (folder / "cats" / name).write_text("x")
     paint(folder / ".trash" / "a.png")
-    notes = []
-    data = load(folder, SIZE, note=notes.append)
+    data = load(folder, SIZE)
     assert len(shades(data.train) + shades(data.test)) == 20 and data.classes == ("cats", "dogs")
     assert notes[0].startswith(f"left out of {folder}, no images by their suffix: 2 .mov, ")
     assert "1 .txt" in notes[0] and "1 without" in notes[0]
@@ -412,13 +402,12 @@ def test_small_and_thin_images(folder, shape):
 
 
 @pytest.mark.parametrize("cut", [0.1, 0.5, 0.9])
-def test_a_truncated_jpeg_is_unreadable(folder, cut):
+def test_a_truncated_jpeg_is_unreadable(folder, cut, notes):
     paint_classes(folder)
     path = folder / "cats" / "a.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)).save(path)
     os.truncate(path, int(path.stat().st_size * cut))
-    notes = []
-    assert len(shades(load(folder, SIZE, note=notes.append).train)) == 18
+    assert len(shades(load(folder, SIZE).train)) == 18
     assert "1 of 21 images cannot be read and are left out: cats/a.jpg (image file is truncated" in notes[1]
 
 
@@ -447,11 +436,10 @@ def test_a_data_set_by_its_folder(folder, monkeypatch):
     assert sources.load(".", image_size=SIZE).classes == ("digits", "holiday")
     for name in ("./absent", "/absent/folder", "../absent", "~/absent", "absent/", "./digits/ones/00.png"):
         with pytest.raises(UsageError, match=f"no folder {name}; name a folder of images"):
-            sources.load(name)
+            sources.load(name, image_size=SIZE)
 
 
-def test_notes_reach_the_caller(folder):
+def test_what_is_done_is_logged(folder, notes):
     paint_classes(folder)
-    notes = []
-    sources.load(str(folder), image_size=SIZE, note=notes.append)
+    sources.load(str(folder), image_size=SIZE)
     assert notes[0].startswith("decoding 20 images at 8 px into a 0.0 MB cache in ") and notes[1].startswith("18 images")

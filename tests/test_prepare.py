@@ -79,9 +79,8 @@ def official(name, split, data_dir) -> Any:
     return tfds.data_source(name, split=split, data_dir=data_dir, download=False)
 
 
-def test_cifar10(tmp_path, cifar10, cifar10_file):
-    notes = []
-    folder = prepare.prepare("cifar10", tmp_path, cifar10_file, archive=described(cifar10_file), note=notes.append)
+def test_cifar10(tmp_path, cifar10, cifar10_file, notes):
+    folder = prepare.prepare("cifar10", tmp_path, cifar10_file, archive=described(cifar10_file))
     assert folder == tmp_path / "cifar10" / "3.0.2"
     assert notes == [f"preparing cifar10 from {cifar10_file}"]
     pixels = cifar10[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -284,10 +283,9 @@ def no_proxy(monkeypatch):
 DATA = np.random.default_rng(1).bytes(300_000)
 
 
-def test_download(tmp_path, cifar10_file):
-    notes = []
+def test_download(tmp_path, cifar10_file, notes):
     with serving(cifar10_file.read_bytes()) as server:
-        prepare.prepare("cifar10", tmp_path, archive=server.archive, note=notes.append)
+        prepare.prepare("cifar10", tmp_path, archive=server.archive)
     assert server.asked == [""]
     assert len(prepared.load("cifar10", 32, tmp_path).train["label"]) == 20
     kept = tmp_path / "downloads" / "a.tgz"
@@ -311,12 +309,11 @@ def test_goes_on_where_the_connection_was_cut(tmp_path):
     assert (tmp_path / "a").read_bytes() == DATA
 
 
-def test_goes_on_with_a_partial_file(tmp_path):
+def test_goes_on_with_a_partial_file(tmp_path, notes):
     (tmp_path / "a.partial").write_bytes(DATA[:123_456])
-    notes = []
     with serving(DATA) as server:
         assert archives.lacking(server.archive, tmp_path / "a") == 300_000 - 123_456
-        archives.fetch(server.archive, tmp_path / "a", notes.append)
+        archives.fetch(server.archive, tmp_path / "a")
     assert server.asked == ["bytes=123456-"]
     assert (tmp_path / "a").read_bytes() == DATA
     assert notes == [f"downloading {server.archive.url}, 0.1 of 0.3 MB are there"]

@@ -122,19 +122,17 @@ def test_jpegs_as_pillow_decodes_them(tmp_path):
 @pytest.mark.parametrize(
     ("splits", "tested"), [(("train", "validation", "test"), "test"), (("train", "validation"), "validation")]
 )
-def test_which_split_is_tested_on(tmp_path, splits, tested):
+def test_which_split_is_tested_on(tmp_path, splits, tested, notes):
     write(tmp_path, {split: pictures(len(split)) for split in splits})
-    notes = []
-    dataset = prepared.load("tiny", 8, tmp_path, note=notes.append)
+    dataset = prepared.load("tiny", 8, tmp_path)
     assert [len(part["label"]) for part in (dataset.train, dataset.test)] == [len("train"), len(tested)]
     assert [note.split()[0] for note in notes] == ["decoding"]
 
 
-def test_held_out(tmp_path):
+def test_held_out(tmp_path, notes):
     examples = [(image, int(number >= 40)) for number, (image, _) in enumerate(pictures(45, (8, 8)))]
     write(tmp_path, {"train": examples})
-    notes = []
-    first, second = (prepared.load("tiny", 8, tmp_path, note=notes.append) for _ in range(2))
+    first, second = (prepared.load("tiny", 8, tmp_path) for _ in range(2))
     assert notes[1] == notes[2] == "tiny has no test split: 5 of 45 images, a tenth of each class, are held out"
     assert np.bincount(first.train["label"]).tolist() == [36, 4]
     assert np.bincount(first.test["label"]).tolist() == [4, 1]

@@ -27,9 +27,8 @@ def data(images):
 
 
 def carry_out(recipe, data, workdir, **options):
-    notes = []
     plan = rotjax.plan(recipe, data=data)
-    return list(rotjax.train(plan, workdir, log_steps=2, note=notes.append, **options)), notes
+    return list(rotjax.train(plan, workdir, log_steps=2, **options))
 
 
 def summary(workdir):
@@ -64,9 +63,9 @@ def test_a_run_leaves_its_recipe_metrics_and_summary(pretrained, data):
     assert (predicted == turns).mean() == pytest.approx(final["rotation_accuracy"])
 
 
-def test_a_finished_run_says_so_and_changes_nothing(pretrained, data):
+def test_a_finished_run_says_so_and_changes_nothing(pretrained, data, notes):
     before = {path: path.read_bytes() for path in pretrained.rglob("*") if path.is_file() and path.name != ".lock"}
-    rows, notes = carry_out(rotjax.Rotation(**SMALL), data, pretrained)
+    rows = carry_out(rotjax.Rotation(**SMALL), data, pretrained)
     assert rows == [] and "already complete at step 12" in notes
     assert before == {path: path.read_bytes() for path in pretrained.rglob("*") if path.is_file() and path.name != ".lock"}
 
@@ -77,7 +76,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(pretrained, data, tmp_path):
         for row in rotjax.train(plan, tmp_path / "run", log_steps=2):
             if row["step"] == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
-    rows, _ = carry_out(rotjax.Rotation(**SMALL), data, tmp_path / "run")
+    rows = carry_out(rotjax.Rotation(**SMALL), data, tmp_path / "run")
     assert rows[0]["step"] > 4 and summary(tmp_path / "run")["resumed_from"] in (4, 5)
     assert (tmp_path / "run/metrics.jsonl").read_text() == (pretrained / "metrics.jsonl").read_text()
     for a, b in zip(arrays(tmp_path / "run"), arrays(pretrained), strict=True):
@@ -122,9 +121,9 @@ def test_a_run_killed_at_any_point_ends_with_the_same_bits(tmp_path):
 
 
 @pytest.mark.parametrize("trainable", ["head", "last_block"])
-def test_what_is_frozen_stays_as_the_pretrained_run_left_it(pretrained, data, tmp_path, trainable):
+def test_what_is_frozen_stays_as_the_pretrained_run_left_it(pretrained, data, tmp_path, trainable, notes):
     recipe = rotjax.Classification(pretrained=str(pretrained), trainable=trainable, batch_size=8, epochs=1)
-    rows, notes = carry_out(recipe, data, tmp_path / "run")
+    rows = carry_out(recipe, data, tmp_path / "run")
     assert any("taken from rotation-noise-resnet18" in note and "new: the head" in note for note in notes)
     assert any("frozen: backbone" in note for note in notes)
     model, variables, saved = rotjax.load(tmp_path / "run")

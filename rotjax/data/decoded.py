@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -16,15 +17,15 @@ import numpy as np
 from rotjax.data.batches import Arrays
 from rotjax.errors import DataError
 
+log = logging.getLogger(__name__)
+
 Record = tuple[np.ndarray | str, int]  # pixels u8 [H,H,3], or why there are none; label
 
 DECODER = 1  # to be raised with every change of the pixels that a file gives
 IN_MEMORY = 10**9  # bytes up to which a set that cannot be stored is held in memory
 
 
-def decoded(
-    key: str, count: int, image_size: int, records: Iterable[Record], *, note: Callable[[str], None] = lambda line: None
-) -> tuple[Arrays, dict[int, str]]:
+def decoded(key: str, count: int, image_size: int, records: Iterable[Record]) -> tuple[Arrays, dict[int, str]]:
     """`{'image': u8[N,H,H,3], 'label': i32[N]}`, read-only, of the records that have pixels; why the others have none.
 
     The rows lie in `$XDG_CACHE_HOME/rotjax/decoded/<key>` (`~/.cache` unless set), in the order of `records`, which are
@@ -38,19 +39,19 @@ def decoded(
             if (stored := _read(folder, image_size)) is not None:
                 return stored
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            stack.enter_context(_claimed(folder.with_name(f"{key}.lock"), note))
+            stack.enter_context(_claimed(folder.with_name(f"{key}.lock"), wait=True))
         except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
             if needed >= IN_MEMORY:
                 raise DataError(
                     f"no cache for {what} ({error}); set XDG_CACHE_HOME to a folder with {_size(needed)}"
                 ) from None
-            note(f"no cache ({error}); decoding {what} into {_size(needed)} of memory, on every run")
+            log.warning(f"no cache ({error}); decoding {what} into {_size(needed)} of memory, on every run")
             return _in_memory(image_size, records)
         if (stored := _read(folder, image_size)) is not None:  # by the process that was waited for
             return stored
         try:
-            _make_room(folder, what, needed, note)
-            note(f"decoding {what} into a {_size(needed)} cache in {folder}")
+            _make_room(folder, what, needed)
+            log.info(f"decoding {what} into a {_size(needed)} cache in {folder}")
             _write(folder, image_size, records)
         except OSError as error:
             raise DataError(f"cannot decode into {folder} ({error}); set XDG_CACHE_HOME to another folder") from error
@@ -83,14 +84,14 @@ def _read(folder: Path, image_size: int) -> tuple[Arrays, dict[int, str]] | None
     return _arrays(images, labels), dropped
 
 
-def _make_room(folder: Path, what: str, needed: int, note: Callable[[str], None]) -> None:
+def _make_room(folder: Path, what: str, needed: int) -> None:
     """Removes what is damaged, and what runs that died while decoding left: their locks are free. Raises DataError."""
     if folder.exists():
-        note(f"{folder} is damaged; decoding again")
+        log.warning(f"{folder} is damaged; decoding again")
         shutil.rmtree(folder)
     shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)
     for lock in folder.parent.glob("*.lock"):
-        with suppress(OSError), _claimed(lock):
+        with suppress(OSError), _claimed(lock, wait=False):
             shutil.rmtree(lock.with_suffix(".partial"), ignore_errors=True)
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
@@ -145,16 +146,16 @@ def _arrays(images: np.ndarray, labels: np.ndarray) -> Arrays:
 
 
 @contextmanager
-def _claimed(path: Path, note: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Holds the lock file `path`, waiting where another process does; without a `note` raises BlockingIOError instead."""
+def _claimed(path: Path, *, wait: bool) -> Iterator[None]:
+    """Holds the lock file `path`, waiting where another process does; without `wait` raises BlockingIOError instead."""
     while True:
         with open(path, "a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if note is None:
+                if not wait:
                     raise
-                note("waiting for another process that decodes the same images")
+                log.info("waiting for another process that decodes the same images")
                 fcntl.flock(file, fcntl.LOCK_EX)
             if not _names(path, file.fileno()):
                 continue  # whoever held it was done and has removed it

@@ -1,6 +1,7 @@
 """The user's own photographs: a folder of images, in one folder per class or without classes, as a data set."""
 
 import hashlib
+import logging
 import os
 import warnings
 from collections import Counter, deque
@@ -24,7 +25,7 @@ TRAIN, TESTS = "train", ("test", "validation", "val")  # of several the first is
 UNDRAWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow opens but leaves to other programs to draw
 UNOPENED = {".heic", ".heif"}  # photographs all the same: better counted as unreadable than passed over
 
-Note = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 
 class Photograph(NamedTuple):
@@ -32,17 +33,17 @@ class Photograph(NamedTuple):
     label: int  # -1 where there are no classes
 
 
-def load(folder: Path, image_size: int, progress: Callable = iter, note: Note = lambda line: None) -> Dataset:
+def load(folder: Path, image_size: int, progress: Callable = iter) -> Dataset:
     """The middle squares of the images in `folder`, as `[N,image_size,image_size,3]`.
 
     Each subfolder is a class, with the images anywhere below it; images without subfolders have no classes. Where folders
     `train` and `test` (or `validation`, `val`) hold such folders or images, they are the split; else a tenth of each class
     is held out, chosen by file name and by nothing else, so that no two runs disagree on it. `progress` wraps the names
-    of the files while they are decoded, once: see `decoded`. `note` is told of the split and of everything left out.
+    of the files while they are decoded, once: see `decoded`. The split and everything left out are logged.
     Raises DataError where a class, the training or the test set has no image, or the two differ in their classes.
     """
     try:
-        photographs, border, classes, held_out = _found(folder, note)
+        photographs, border, classes, held_out = _found(folder)
     except OSError as error:
         raise DataError(f"{_shown(folder)} cannot be read ({_shown(error)}); check its permissions") from error
     facts = [(*photograph, *_state(folder / photograph.name)) for photograph in photographs]
@@ -51,19 +52,21 @@ def load(folder: Path, image_size: int, progress: Callable = iter, note: Note = 
         warnings.simplefilter("ignore", UserWarning)  # Pillow's, of oddities in files that it reads nevertheless
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         records = _records(folder, image_size, photographs, progress)
-        arrays, dropped = decoded(key, len(photographs), image_size, records, note=note)
+        arrays, dropped = decoded(key, len(photographs), image_size, records)
     unreadable = sorted(f"{_shown(photographs[number].name)} ({_shown(reason)})" for number, reason in dropped.items())
     if len(unreadable) == len(photographs):
         raise DataError(f"none of the {len(photographs):,} images in {_shown(folder)} can be read: {_few(unreadable)}")
     if unreadable:
-        note(f"{len(unreadable):,} of {len(photographs):,} images cannot be read and are left out: {_few(unreadable)}")
+        log.warning(
+            f"{len(unreadable):,} of {len(photographs):,} images cannot be read and are left out: {_few(unreadable)}"
+        )
     border -= sum(number < border for number in dropped)
     train, test = ({key: value[rows] for key, value in arrays.items()} for rows in (slice(border), slice(border, None)))
-    _check(folder, classes, train, test, held_out, note)
+    _check(folder, classes, train, test, held_out)
     return Dataset(folder.resolve().name, classes, train, test)
 
 
-def _check(folder: Path, classes: tuple[str, ...], train: Arrays, test: Arrays, held_out: bool, note: Note) -> None:
+def _check(folder: Path, classes: tuple[str, ...], train: Arrays, test: Arrays, held_out: bool) -> None:
     """Tells the sizes of a set that can be trained on, raises DataError for another."""
     counts = [len(part["label"]) for part in (train, test)]
     if not all(counts):
@@ -77,20 +80,20 @@ def _check(folder: Path, classes: tuple[str, ...], train: Arrays, test: Arrays, 
             line = f"no readable image to {job} on of class {_few(missing)}"
             if part is train or not held_out:
                 raise DataError(f"{_shown(folder)} has {line}; add some or remove the folder")
-            note(line)
+            log.warning(line)
     kinds = f"{len(classes)} classes ({_few(classes)})" if classes else "no classes"
     split = f", a tenth{' of each class' if classes else ''} held out by file name whatever the seed" if held_out else ""
-    note(f"{counts[0]:,} images to train on, {counts[1]:,} to test on{split}; {kinds}")
+    log.info(f"{counts[0]:,} images to train on, {counts[1]:,} to test on{split}; {kinds}")
 
 
-def _found(folder: Path, note: Note) -> tuple[list[Photograph], int, tuple[str, ...], bool]:
+def _found(folder: Path) -> tuple[list[Photograph], int, tuple[str, ...], bool]:
     """Photographs, those to train on first; how many these are; the classes; whether the others are held out of them."""
-    train_root, test_root = _divided(folder, note)
-    classes, train = _classes(folder, train_root, note)
+    train_root, test_root = _divided(folder)
+    classes, train = _classes(folder, train_root)
     if test_root is None:
         train, test = _hold_out(train)
         return train + test, len(train), classes, True
-    test_classes, test = _classes(folder, test_root, note)
+    test_classes, test = _classes(folder, test_root)
     if odd := sorted(set(classes) ^ set(test_classes)):
         raise DataError(
             f"{_shown(train_root)} and {_shown(test_root)} do not both have the classes {_few(odd)}; give them the same "
@@ -99,7 +102,7 @@ def _found(folder: Path, note: Note) -> tuple[list[Photograph], int, tuple[str, 
     return train + test, len(train), classes, False
 
 
-def _divided(folder: Path, note: Note) -> tuple[Path, Path | None]:
+def _divided(folder: Path) -> tuple[Path, Path | None]:
     """The folders to train and to test on; `folder` and None where nothing is divided."""
     subfolders = {path.name.lower(): path for path in _subfolders(folder)}
     tests = [name for name in TESTS if name in subfolders]
@@ -111,11 +114,11 @@ def _divided(folder: Path, note: Note) -> tuple[Path, Path | None]:
     others = sorted(path.name for path in folder.iterdir() if path not in (train_root, test_root))
     if others := [_shown(name) for name in others if not name.startswith(".")]:
         testing = f", testing on {test_root.name}" if test_root else ""
-        note(f"training on {train_root.name}{testing}; left alone beside: {_few(others)}")
+        log.info(f"training on {train_root.name}{testing}; left alone beside: {_few(others)}")
     return train_root, test_root
 
 
-def _classes(folder: Path, root: Path, note: Note) -> tuple[tuple[str, ...], list[Photograph]]:
+def _classes(folder: Path, root: Path) -> tuple[tuple[str, ...], list[Photograph]]:
     """The classes below `root`, or none, and their photographs in the order of their names."""
     beside = sorted(path for path in root.iterdir() if not path.name.startswith(".") and not path.is_dir())
     below = {top: _files(top) for top in _subfolders(root)}
@@ -130,9 +133,9 @@ def _classes(folder: Path, root: Path, note: Note) -> tuple[tuple[str, ...], lis
         raise DataError(f"{_shown(root)} holds no images ({strange or 'no files'}); name a folder of images")
     if tops and beside:
         names = _few(_shown(file.name) for file in beside)
-        note(f"{len(beside):,} images beside the class folders of {_shown(root)} are left out: {names}")
+        log.info(f"{len(beside):,} images beside the class folders of {_shown(root)} are left out: {names}")
     if strange:
-        note(f"left out of {_shown(root)}, no images by their suffix: {strange}")
+        log.info(f"left out of {_shown(root)}, no images by their suffix: {strange}")
     labelled = enumerate(images) if tops else [(-1, beside)]
     photographs = [Photograph(file.relative_to(folder).as_posix(), label) for label, files in labelled for file in files]
     return tuple(_shown(top.name) for top in tops), sorted(photographs)

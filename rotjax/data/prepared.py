@@ -2,6 +2,7 @@
 
 import difflib
 import io
+import logging
 import os
 import re
 import shlex
@@ -17,8 +18,10 @@ from PIL import Image
 from rotjax.data.batches import Arrays
 from rotjax.data.dataset import Dataset
 from rotjax.data.decoded import decoded, fingerprint
-from rotjax.data.sources import square
+from rotjax.data.pixels import square
 from rotjax.errors import DataError, RotjaxError, UsageError
+
+log = logging.getLogger(__name__)
 
 IMAGENETTE = {"160px-v2": 160, "320px-v2": 320, "full-size-v2": 512}  # the shorter sides in pixels, of the last about
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # that an image of TFDS may be encoded in
@@ -32,12 +35,11 @@ def load(
     image_size: int,
     data_dir: str | Path | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
-    note: Callable[[str], None] = lambda line: None,
 ) -> Dataset:
     """The data set `name`, or `name/config`, prepared in `data_dir`, as images `[N,image_size,image_size,3]`.
 
     The split `train` is trained on, `test` or else `validation` tested on; a set that has neither gets a tenth of each
-    class held out, always the same, and `note` says so. Without a feature `label` there are no classes. Raises UsageError
+    class held out, always the same, which is logged. Without a feature `label` there are no classes. Raises UsageError
     for a name that is none, DataError for a set that is not prepared, is damaged, or is not of images.
     """
     name = qualified(name, image_size)
@@ -48,11 +50,11 @@ def load(
     if "train" not in splits:
         raise DataError(f"{folder} has no split train, only {', '.join(splits) or 'none'}; name another data set")
     tests = [split for split in ("test", "validation") if split in splits][:1]
-    parts = _arrays(builder, ["train", *tests], len(classes), image_size, progress, note)
+    parts = _arrays(builder, ["train", *tests], len(classes), image_size, progress)
     if not tests:
         held_out = _tenth(parts[0]["label"])
         parts = [{key: value[rows] for key, value in parts[0].items()} for rows in (~held_out, held_out)]
-        note(
+        log.info(
             f"{name} has no test split: {held_out.sum():,} of {len(held_out):,} images, a tenth of each class, are held out"
         )
     return Dataset(name, classes, *parts)
@@ -186,9 +188,7 @@ def _classes(builder: Builder) -> tuple[str, ...]:
     return tuple(label.names)
 
 
-def _arrays(
-    builder: Builder, splits: list[str], classes: int, image_size: int, progress: Callable, note: Callable[[str], None]
-) -> list[Arrays]:
+def _arrays(builder: Builder, splits: list[str], classes: int, image_size: int, progress: Callable) -> list[Arrays]:
     """Each of `splits`, decoded: `{'image': u8[N,H,H,3], 'label': i32[N]}`; decoded again where a file has changed."""
     folder, counts = Path(builder.data_path), [builder.info.splits[split].num_examples for split in splits]
     if not all(counts):
@@ -196,7 +196,7 @@ def _arrays(
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
     records = chain.from_iterable(_records(builder, split, classes, image_size, progress) for split in splits)
     key = fingerprint(str(folder.resolve()), states, splits, image_size)
-    arrays, _ = decoded(key, sum(counts), image_size, records, note=note)
+    arrays, _ = decoded(key, sum(counts), image_size, records)
     ends = np.cumsum(counts)
     return [
         {key: value[end - count : end] for key, value in arrays.items()} for end, count in zip(ends, counts, strict=True)

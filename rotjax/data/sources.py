@@ -28,26 +28,23 @@ def defaults(name: str) -> dict:
 def load(
     name: str,
     *,
-    image_size: int | None = None,
+    image_size: int,
     data_dir: str | Path | None = None,
-    progress=iter,
-    note: Callable[[str], None] = lambda line: None,
+    progress: Callable = iter,
 ) -> Dataset:
     """The data set `name`: `cifar10`, `imagenette`, `digits`, any TFDS image-classification set prepared as array_record,
     or a folder of photographs, which if named like one of these three is written as a path, `./digits`.
 
     `data_dir` is TFDS's, by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`. `progress` wraps the records as they
-    are decoded; `note` is told in lines what is done. Raises UsageError for a name that does not exist, DataError for data
-    that is not there or unreadable.
+    are decoded. Raises UsageError for a name that does not exist, DataError for data that is not there or unreadable.
     """
-    image_size = image_size or defaults(name)["image_size"]
     if _is_path(name) or (name not in ("", "digits", "cifar10", "imagenette") and Path(name).is_dir()):
-        return _photographs(name, image_size, progress, note)
+        return _photographs(name, image_size, progress)
     if name == "digits":
         return _digits(image_size)
     from rotjax.data import prepared
 
-    return prepared.load(name, image_size, data_dir, progress, note)
+    return prepared.load(name, image_size, data_dir, progress)
 
 
 def subset(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
@@ -67,11 +64,11 @@ def _is_path(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~")) or name.endswith("/")
 
 
-def _photographs(name: str, size: int, progress, note) -> Dataset:
+def _photographs(name: str, size: int, progress: Callable) -> Dataset:
     folder = Path(os.path.expanduser(name))
     if not folder.is_dir():
         raise UsageError(f"no folder {name}; name a folder of images, or a data set such as digits")
-    return photographs.load(folder, size, progress, note)
+    return photographs.load(folder, size, progress)
 
 
 def _digits(size: int) -> Dataset:
