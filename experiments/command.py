@@ -23,7 +23,7 @@ from rotjax.recipe import NETWORK
 log = logging.getLogger(__name__)
 
 
-def _default(words: str):
+def default(words: str):
     """A default that `--help` says in words."""
     return tyro.conf.arg(help_behavior_hint=f"(default: {words})" if words else "")
 
@@ -32,9 +32,9 @@ def _default(words: str):
 class Execution:
     """How a run is carried out, which changes nothing in its weights."""
 
-    workdir: Annotated[Path | None, _default("runs/<job>-<dataset>-<backbone>-<hash of the recipe>")] = None
+    workdir: Annotated[Path | None, default("runs/<job>-<dataset>-<backbone>-<hash of the recipe>")] = None
     """Folder of the run; the same command goes on with what is there."""
-    data_dir: Annotated[Path | None, _default("$TFDS_DATA_DIR, else ~/tensorflow_datasets")] = None
+    data_dir: Annotated[Path | None, default("$TFDS_DATA_DIR, else ~/tensorflow_datasets")] = None
     """Folder of data sets prepared for TFDS."""
     log_steps: int = 50
     """Steps between rows of metrics.jsonl."""
@@ -46,7 +46,7 @@ def main(kind: type[rotjax.Recipe]) -> int:
     """Parses the flags of `kind` and carries the run out; returns the exit code."""
 
     def command(recipe, execution: Execution) -> int:
-        return guarded(lambda: carry_out(kind(**dataclasses.asdict(recipe)), execution))
+        return guarded(lambda: run(kind(**dataclasses.asdict(recipe)), execution))
 
     command.__annotations__["recipe"] = flags(kind)
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
@@ -64,7 +64,7 @@ def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
             words = [str(kind.defaults[name])] if name in kind.defaults else []
             words += [f"{other} {own[name]}" for other, own in DEFAULTS.items() if name in own]
             words += ["the pretrained network's"] if name in NETWORK and kind is rotjax.Classification else []
-            annotations[name] = Annotated[hint | None, _default("; ".join(words))]
+            annotations[name] = Annotated[hint | None, default("; ".join(words))]
     body: dict[str, Any] = {name: getattr(kind, name) for name in annotations}
     body |= {"__annotations__": annotations, "__doc__": kind.__doc__}
     shown: Any = type(kind.__name__, (kind,), body)
@@ -82,8 +82,14 @@ def guarded(job) -> int:
     return 0
 
 
-def carry_out(recipe: rotjax.Recipe, execution: Execution) -> None:
-    """Plans and trains `recipe`, showing progress, and leaves figures beside the run's files."""
+def run(recipe: rotjax.Recipe, execution: Execution) -> None:
+    """Trains `recipe` and says what came of it."""
+    workdir, plan = train(recipe, execution)
+    report.summarise(workdir, plan, execution.data_dir)
+
+
+def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Plan]:
+    """The workdir of `recipe`, trained under a progress bar, with figures beside the run's files; and its plan."""
     if execution.log_steps < 1 or not execution.checkpoint_seconds >= 0:
         raise UsageError("--log_steps is at least 1 and --checkpoint_seconds at least 0")
     cache_compilations()
@@ -95,7 +101,7 @@ def carry_out(recipe: rotjax.Recipe, execution: Execution) -> None:
         for row in rotjax.train(plan, workdir, **cadence):
             progress.show(row)
     figures.draw(workdir, plan)
-    report.summarise(workdir, plan, execution.data_dir)
+    return workdir, plan
 
 
 def decoding(records):

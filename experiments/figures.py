@@ -4,8 +4,10 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import jax
 import matplotlib.style
@@ -21,8 +23,8 @@ from rotjax.run import Plan
 
 log = logging.getLogger(__name__)
 
-NAMES: tuple[str, ...] = ("curves.png", "predictions.png", "confusion.png")
-SHOWN = 32  # images of predictions.png
+NAMES: tuple[str, ...] = ("curves.png", "predictions.png", "mistakes.png", "confusion.png", "filters.png")
+SHOWN = 32  # images of predictions.png and of mistakes.png
 
 BLUE, VERMILLION, INK, GREY, FAINT = "#0072b2", "#d55e00", "#222222", "#666666", "#bbbbbb"  # Okabe and Ito's, and greys
 STYLE = {
@@ -50,7 +52,7 @@ STYLE = {
 
 def draw(workdir: Path, plan: Plan) -> None:
     """Draws those of `NAMES` that the workdir of a finished run lacks; raises CheckpointError where it cannot write."""
-    makers = dict(zip(NAMES, (_curves, _predictions, _confusion), strict=True))
+    makers = dict(zip(NAMES, (_curves, _predictions, _mistakes, _confusion, _filters), strict=True))
     missing = [name for name in NAMES if not (workdir / name).exists()]
     if missing:
         log.info("drawing the figures")
@@ -64,7 +66,7 @@ def curves(rows: Sequence[dict], epoch_steps: int, falls: Sequence[int], title: 
     """Loss and accuracy over epochs of the epochs' `rows` of metrics.jsonl; the learning rate falls after epochs `falls`."""
     epochs = np.array([row["step"] for row in rows]) / epoch_steps
     marker = "o" if len(rows) <= 25 else ""
-    figure = _figure((8, 3.2), title)
+    figure = titled((8, 3.2), title)
     panels = zip(figure.subplots(1, 2), ("loss", "accuracy"), ("Loss", "Accuracy in %"), (1, 100), strict=True)
     for axes, key, name, unit in panels:
         for split, colour, line in (("train", BLUE, "--"), ("test", VERMILLION, "-")):
@@ -84,8 +86,8 @@ def predictions(
     images: np.ndarray, true: np.ndarray, predicted: np.ndarray, classes: Sequence[str], title: str, caption: str
 ) -> Figure:
     """`images` u8 `[N,H,H,3]`, eight to a row, each with what was predicted; the wrong ones framed, with what is true."""
-    lines = -(-len(images) // 8)
-    figure = _figure((8, 1.32 * lines + 0.6), title, caption, dpi=100)  # photographs do not compress: below 300 kB as it is
+    lines = max(-(-len(images) // 8), 1)
+    figure = titled((8, 1.32 * lines + 0.6), title, caption, dpi=100)  # photographs do not compress: below 300 kB as it is
     grid = figure.subplots(lines, 8, squeeze=False).flat
     for axes in grid[len(images) :]:
         axes.set_visible(False)
@@ -104,7 +106,7 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], title: str, caption: s
     """Counts `[true, predicted]`, shaded by their share of what is truly that class."""
     count, names = len(classes), [_short(name) for name in classes]
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    figure = _figure((4.4, 4.6) if count <= 5 else (6.6, 6.6) if count <= 20 else (7.4, 6.6), title, caption)
+    figure = titled((4.4, 4.6) if count <= 5 else (6.6, 6.6) if count <= 20 else (7.4, 6.6), title, caption)
     axes = figure.subplots()
     shades = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.spines[:].set_visible(False)
@@ -125,6 +127,20 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], title: str, caption: s
         if count * max(map(len, names)) > 50:
             for label in axes.get_xticklabels():
                 label.set(rotation=45, horizontalalignment="right", rotation_mode="anchor")
+    return figure
+
+
+def filters(before: np.ndarray, after: np.ndarray, title: str) -> Figure:
+    """Kernels `[h,w,3,N]` as images, each stretched from black to white."""
+    figure = titled((8, 4.4), title)
+    for axes, kernels, name in zip(figure.subplots(1, 2), (before, after), ("before", "after"), strict=True):
+        low, high = kernels.min((0, 1, 2)), kernels.max((0, 1, 2))
+        tiles = np.pad((kernels - low) / np.maximum(high - low, 1e-12), ((0, 1), (0, 1), (0, 0), (0, 0)), constant_values=1)
+        tiles = np.moveaxis(tiles, -1, 0)
+        rows = [np.concatenate(list(tiles[at : at + 8]), axis=1) for at in range(0, len(tiles) - len(tiles) % 8, 8)]
+        axes.imshow(np.concatenate(rows or [np.concatenate(list(tiles), axis=1)]))
+        axes.set(title=name, xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
     return figure
 
 
@@ -170,7 +186,36 @@ def _confusion(workdir: Path, plan: Plan) -> Figure:
     return confusion(matrix, plan.recipe.classes, title, f"{_data(plan.recipe)}: {views} test images")
 
 
-def _figure(size: tuple[float, float], title: str, caption: str = "", dpi: int = 120) -> Figure:
+def _mistakes(workdir: Path, plan: Plan) -> Figure:
+    model, variables, recipe = rotjax.load(workdir)
+    task = tasks.random_turn if recipe.job == "rotation" else tasks.classify
+    apply: Callable[..., Any] = model.apply
+    probabilities = jax.jit(lambda variables, images: jax.nn.softmax(apply(variables, images, train=False)))
+    wrong = []  # probability of what was predicted, number of the image, and what to show of it
+    with closing(rotjax.read(rotjax.test_batches(plan.data.test, task, recipe.batch_size, seed=recipe.seed))) as reader:
+        for batch in reader:
+            given = np.asarray(probabilities(variables, batch["image"]))
+            predicted = given.argmax(-1)
+            for at in np.flatnonzero((predicted != batch["label"]) & (batch["weight"] > 0)):
+                wrong.append((given[at].max(), len(wrong), batch["image"][at], batch["label"][at], predicted[at]))
+    count, worst = len(wrong), sorted(wrong, reverse=True)[:SHOWN]
+    _, _, images, true, predicted = zip(*worst, strict=True) if worst else ((),) * 5
+    title = f"Most surely mistaken {_what(recipe)}: {len(worst)} of {count:,}"
+    caption = f"{_data(recipe)}: of the {len(plan.data.test['label']):,} test images"
+    return predictions(np.array(images), np.array(true), np.array(predicted), recipe.classes, title, caption)
+
+
+def _filters(workdir: Path, plan: Plan) -> Figure:
+    _, variables, recipe = rotjax.load(workdir)
+    before = plan.backbone
+    if before is None:
+        before = rotjax.part(rotjax.init_variables(recipe.model(), recipe.seed, recipe.image_size), "backbone")
+    first, last = (b["params"]["stem"]["conv"]["kernel"] for b in (before, rotjax.part(variables, "backbone")))
+    title = f"First layer of {recipe.backbone} before and after training on {_data(recipe)}"
+    return filters(np.asarray(first), np.asarray(last), title)
+
+
+def titled(size: tuple[float, float], title: str, caption: str = "", dpi: int = 120) -> Figure:
     figure = Figure(figsize=size, dpi=dpi)
     figure.suptitle(title, x=0.01, ha="left")
     if caption:

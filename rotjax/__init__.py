@@ -19,6 +19,7 @@ from rotjax.optim import piecewise as piecewise
 from rotjax.recipe import Classification as Classification
 from rotjax.recipe import Recipe as Recipe
 from rotjax.recipe import Rotation as Rotation
+from rotjax.run import Plan as Plan
 from rotjax.run import load as load
 from rotjax.run import plan as plan
 from rotjax.run import train as train

@@ -80,8 +80,9 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """`<job>-<dataset>-<backbone>-<hash of the recipe>`."""
-        words = json.dumps(to_json(self), sort_keys=True)
+        """`<job>-<dataset>-<backbone>-<hash>`, of what is not as usual: a field that a later rotjax adds changes no name."""
+        usual = to_json(type(self)().resolved())
+        words = json.dumps({key: value for key, value in to_json(self).items() if value != usual[key]}, sort_keys=True)
         digest = hashlib.sha256(words.encode()).hexdigest()[:8]
         dataset = "".join(c if c.isalnum() or c in "-_" else "-" for c in self.dataset.rstrip("/").split("/")[-1])
         return f"{self.job}-{dataset}-{self.backbone}-{digest}"

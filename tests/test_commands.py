@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import rotjax
-from experiments import command
+from experiments import command, figures
 
 TINY = ["--dataset=digits", "--stem=cifar", "--image_size=8", "--width=4", "--max_steps=4"]
 
@@ -46,7 +46,7 @@ def test_the_whole_job_on_the_embedded_digits(tmp_path):
     assert workdir.name.startswith("rotation-digits-resnet18-")
     names = {path.name for path in workdir.iterdir() if not path.name.startswith(".")}
     assert {"recipe.json", "metrics.jsonl", "summary.json", "checkpoints"} < names
-    assert sum(name.endswith(".png") for name in names) == 3
+    assert {name for name in names if name.endswith(".png")} == set(figures.NAMES)
     assert str(workdir.relative_to(tmp_path)) in said
     words = [word for word in TINY if "stem" not in word and "width" not in word]
     line = [

@@ -1,0 +1,170 @@
+"""Reproduces the report that rotjax implements: `python -m experiments.reproduce`."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from experiments import command, tables
+from experiments.report import say
+from experiments.rows import ROWS, Run, runs, shortened
+from rotjax.errors import UsageError
+from rotjax.recipe import Classification, to_json
+from rotjax.workdirs import read_recipe, write_json
+
+EPOCH_IMAGES = {"cifar10": 50_000, "imagenette": 9_469}  # what an estimate counts with
+PICTURED = ("1-rotation-seed0", ("predictions.png", "mistakes.png", "filters.png"))  # kept among the results
+COST = {"resnet18": 1.0, "resnet50": 3.2, "resnet101": 5.4, "densenet121": 3.5}  # time per image, of ResNet18's
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which rows, and where everything goes."""
+
+    only: str = ""
+    """Rows, or runs as --list names them, separated by commas; what they start from is added. Everything if not given."""
+    seeds: int = 1
+    """Of the ResNet18 rows; the others run under one."""
+    list: bool = False
+    """Show what is done, under way and left, and run nothing."""
+    max_steps: int | None = None
+    """Stop every run after so many steps: a trial, which the tables keep apart."""
+    workdirs: Path = Path("runs/reproduce")
+    """Folder of the workdirs: what is complete there is done, what was interrupted goes on."""
+    results: Annotated[Path, command.default("experiments/results of the clone")] = tables.RESULTS
+    """Folder of the results: a JSON and a metrics file for every run, the tables and figures made from them."""
+    data_dir: Annotated[Path | None, command.default("$TFDS_DATA_DIR, else ~/tensorflow_datasets")] = None
+    """Folder of data sets prepared for TFDS."""
+    data_note: str = ""
+    """Stored with every result and said in the tables, such as that the images are a copy."""
+
+
+def main() -> int:
+    """Parses the flags and reproduces; returns the exit code."""
+
+    def reproduce(settings: Settings) -> int:
+        """Run every row of the report, or those asked for, and write the comparison. Run it again to go on."""
+        return command.guarded(lambda: run(settings))
+
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+    return tyro.cli(reproduce, prog="python -m experiments.reproduce", config=config, use_underscores=True)
+
+
+def run(settings: Settings) -> None:
+    """Runs what is missing of what is asked for."""
+    for name in ("seeds", "max_steps"):
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise UsageError(f"--{name}={value} is too small; it is at least 1")
+    every = runs(settings.seeds)
+    if settings.max_steps:
+        every = [shortened(run, settings.max_steps) for run in every]
+    asked = chosen(every, settings.only)
+    if settings.list:
+        say(overview(asked, settings))
+        return
+    for this in asked:
+        if not done(this, settings):
+            say(f"\n{overview(asked, settings, this)}\n")
+            carry_out(this, settings)
+    say(f"\n{overview(asked, settings)}")
+    say(f"\n{settings.results / 'README.md'}")
+
+
+def chosen(every: Sequence[Run], only: str) -> list[Run]:
+    """Those of `every` whose row or name is in the comma-separated `only`, and what they start from, in order."""
+    words = [word.strip() for word in only.split(",")] if only else []
+    for word in words:
+        if word not in {name for run in every for name in (run.row, run.name)}:
+            raise UsageError(f"--only: there is no row {word!r}; rows are {', '.join(ROWS)}, runs are shown by --list")
+    asked = [run for run in every if not words or run.row in words or run.name in words]
+    needed = [run.after for run in asked if run.after]
+    return [run for run in every if run in asked or run in needed]
+
+
+def carry_out(run: Run, settings: Settings) -> None:
+    """Trains `run`, goes on with it, or finds it complete; leaves its result among the others and the tables new."""
+    recipe, workdir = run.recipe, settings.workdirs / run.name
+    if run.after and isinstance(recipe, Classification):
+        recipe = dataclasses.replace(recipe, pretrained=str(settings.workdirs / run.after.name))
+    command.train(recipe, command.Execution(workdir=workdir, data_dir=settings.data_dir))
+    result = {
+        "row": run.row,
+        "variant": run.variant,
+        "task": run.recipe.job,
+        "seed": run.recipe.seed,
+        "commit": commit(),
+        "data_note": settings.data_note,
+        "recipe": to_json(read_recipe(workdir)),
+        "summary": json.loads((workdir / "summary.json").read_text()),
+    }
+    folder = settings.results / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(workdir / "metrics.jsonl", folder / f"{run.name}.jsonl")
+    write_json(folder / f"{run.name}.json", result)
+    if run.name == PICTURED[0]:
+        for name in PICTURED[1]:
+            shutil.copyfile(workdir / name, settings.results / name)
+    tables.write(settings.results)
+
+
+def done(run: Run, settings: Settings) -> bool:
+    """Whether `run` is complete and its result among the others."""
+    summary, result = settings.workdirs / run.name / "summary.json", settings.results / "runs" / f"{run.name}.json"
+    return summary.exists() and result.exists()
+
+
+def overview(asked: Sequence[Run], settings: Settings, running: Run | None = None) -> str:
+    """A line for each run, done with its accuracy, running, interrupted or left; and about how long the rest takes."""
+    lines, speeds, left = [], [], 0.0
+    for run in asked:
+        steps, total = progress(run, settings.workdirs)
+        if done(run, settings):
+            summary = json.loads((settings.workdirs / run.name / "summary.json").read_text())
+            state = f"{tables.accuracy(summary):.2f}%"
+            speeds += [summary["images_per_second"] * cost(run)] if summary["images_per_second"] else []
+        else:
+            state = "running" if run is running else f"interrupted at step {steps}" if steps else "left"
+            left += (total - steps) * run.recipe.resolved().batch_size * cost(run)
+        published = f"{run.published:.2f}%" if run.published else "-"
+        lines.append(f"{run.row:4}{run.name:40}{published:>10}   {state}")
+    header = f"{'row':4}{'run':40}{'report':>10}   here"
+    speed = sorted(speeds)[len(speeds) // 2] if speeds else None
+    hours = f"about {left / speed / 3600:.1f} hours" if speed else "how long is known once a run is done"
+    return "\n".join([header, *lines, f"{sum(done(run, settings) for run in asked)} of {len(asked)} done; left: {hours}"])
+
+
+def progress(run: Run, workdirs: Path) -> tuple[int, int]:
+    """The step that `run` has got to, as its last row of metrics says, and about how many it has."""
+    recipe = run.recipe.resolved()
+    total = min(recipe.epochs * (EPOCH_IMAGES[recipe.dataset] // recipe.batch_size), recipe.max_steps or sys.maxsize)
+    metrics = workdirs / run.name / "metrics.jsonl"
+    rows = metrics.read_text().splitlines() if metrics.exists() else []
+    return (json.loads(rows[-1])["step"] if rows else 0), total
+
+
+def cost(run: Run) -> float:
+    """Time that an image takes, of a full step of ResNet18 at 32 px; frozen stages need no backward pass."""
+    pretext = run.after or run
+    size = (run.recipe.image_size or 32) / 32
+    frozen = 0.5 if run.recipe.frozen else 1.0
+    return COST[pretext.recipe.backbone or "resnet18"] * size**2 * frozen
+
+
+def commit() -> str:
+    """The commit of the code that runs, with `+` where files differ from it; empty outside a clone."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The rows of the report that rotjax implements, as data: what is trained, from what, and the figure to reach."""
+
+import dataclasses
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from rotjax.recipe import Classification, Recipe, Rotation
+
+ROWS = ("1", "2a", "2b", "3a", "3b", "4", "5a", "5b", "6a", "6b")
+
+SUBSETS = {20: 3, 100: 3, 400: 3, 1000: 1}  # images per class, and draws; 5000 are all: rows 2a, 3a and 3b
+WHOLE = 5000
+
+MOVING: dict[str, Any] = dict(trainable="last_block", frozen_statistics="moving")  # as the report's frozen rows
+HELD: dict[str, Any] = dict(trainable="last_block", frozen_statistics="held")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of `row`, from the backbone of the run `after`; `published` and `band` are test accuracies in %."""
+
+    row: str
+    what: str
+    recipe: Recipe
+    after: "Run | None" = None
+    variant: str = ""
+    published: float | None = None
+    band: tuple[float, float] | None = None
+
+    @property
+    def name(self) -> str:
+        """Tells it from every other run, `<row>-<variant>-<task>-seed<seed>`."""
+        cut = f"first{self.recipe.max_steps}" if self.recipe.max_steps else ""
+        return "-".join(filter(None, (self.row, self.variant, self.recipe.job, cut, f"seed{self.recipe.seed}")))
+
+
+def shortened(run: Run, steps: int) -> Run:
+    """`run`, and what it starts from, stopped after `steps`: for a trial, never for the report's column."""
+    after = run.after and shortened(run.after, steps)
+    return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, max_steps=steps), after=after)
+
+
+def runs(seeds: int = 1) -> list[Run]:
+    """Every run of the report, those that others start from before them; ResNet18's rows under `seeds` seeds."""
+    first, *others = [_resnet18(seed) for seed in range(seeds)]
+    return [*first, *_imagenette(), *_subsets(first[0]), *_densenet(), *_deeper(), *chain(*others)]
+
+
+def _resnet18(seed: int) -> list[Run]:
+    rotations = Run("1", "predict the rotation of CIFAR-10", Rotation(seed=seed), published=78.99, band=(78.0, 80.0))
+    moving, held = Classification(seed=seed, **MOVING), Classification(seed=seed, **HELD)
+    full, last = Classification(seed=seed), "classify, last block and head train,"
+    return [
+        rotations,
+        Run("2a", f"{last} rest from row 1", moving, rotations, published=62.09, band=(57.0, 65.0)),
+        Run("2a", f"{last} rest from row 1, statistics held", held, rotations, "held"),
+        Run("2b", f"{last} rest random", moving, published=45.31, band=(43.5, 47.5)),
+        Run("2b", f"{last} rest random, statistics held", held, None, "held"),
+        Run("3a", "classify, all trains, from row 1", full, rotations, published=84.11, band=(83.1, 85.1)),
+        Run("3b", "classify, all trains, from random weights", full, published=82.33, band=(81.3, 83.3)),
+    ]
+
+
+def _imagenette() -> list[Run]:
+    recipe = Rotation(dataset="imagenette", image_size=64)  # the report does not say its size
+    rotations = Run("6a", "predict the rotation of ImageNette, 64 px", recipe, published=59.72, band=(58.0, 66.0))
+    what = "classify CIFAR-10, all trains, from row 6a"
+    return [rotations, Run("6b", what, Classification(), rotations, published=81.97, band=(80.8, 83.2))]
+
+
+def _subsets(rotations: Run) -> list[Run]:
+    kinds = [("frozen", MOVING, rotations), ("full", {}, rotations), ("scratch", {}, None)]
+    return [
+        Run(
+            "4",
+            f"{kind}, {count} images per class",
+            Classification(subset=count, seed=draw, **how),
+            after,
+            f"{kind}-{count}",
+        )
+        for count, draws in SUBSETS.items()
+        for draw in range(draws)
+        for kind, how, after in kinds
+    ]
+
+
+def _densenet() -> list[Run]:
+    rotations = Run("5a", "as row 1", Rotation(backbone="densenet121"), published=78.78, band=(77.6, 80.0))
+    return [rotations, Run("5a", "as row 3a", Classification(), rotations, published=84.85, band=(83.6, 86.1))]
+
+
+def _deeper() -> list[Run]:
+    rotations = [Run("5b", "as row 1", Rotation(backbone=name), variant=name) for name in ("resnet50", "resnet101")]
+    return list(chain(*((run, Run("5b", "as row 3a", Classification(), run, run.variant)) for run in rotations)))

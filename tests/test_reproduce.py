@@ -1,0 +1,113 @@
+"""Every row of the report as data, run by one command; the tables are made from the committed results."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import reproduce, tables
+from experiments.rows import ROWS, Run, runs, shortened
+from rotjax.errors import UsageError
+from rotjax.recipe import Classification, Rotation
+
+SMALL = dict(dataset="digits", stem="cifar", image_size=8, width=4, batch_size=64, max_steps=3)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Two rows in place of the report's, and settings that leave everything in `tmp_path`."""
+    rotations = Run("1", "rotations", Rotation(**SMALL), published=78.99, band=(78.0, 80.0))
+    fields = {name: value for name, value in SMALL.items() if name not in ("stem", "width")}
+    both = [rotations, Run("3a", "classes", Classification(**fields), rotations)]
+    monkeypatch.setattr(reproduce, "runs", lambda seeds: both)
+    monkeypatch.setattr(reproduce, "EPOCH_IMAGES", {"digits": 1438})
+    return reproduce.Settings(workdirs=tmp_path / "work", results=tmp_path / "results", data_note="a note")
+
+
+def test_the_committed_tables_are_made_from_the_committed_results():
+    results = tables.load(tables.RESULTS)
+    pictures = [path.name for path in tables.RESULTS.glob("*.png")]
+    assert results and tables.readme(results, pictures) == (tables.RESULTS / "README.md").read_text()
+
+
+def test_every_row_of_the_report_is_there_and_starts_from_an_earlier_one():
+    every = runs(seeds=3)
+    assert {run.row for run in every} == set(ROWS)
+    assert len({run.name for run in every}) == len(every)
+    for number, run in enumerate(every):
+        assert run.after is None or run.after in every[:number]
+        assert run.after is None or run.after.recipe.job == "rotation"
+    published = {(run.row, run.recipe.job): run.published for run in runs() if run.published}
+    assert published == {
+        ("1", "rotation"): 78.99,
+        ("2a", "classification"): 62.09,
+        ("2b", "classification"): 45.31,
+        ("3a", "classification"): 84.11,
+        ("3b", "classification"): 82.33,
+        ("5a", "rotation"): 78.78,
+        ("5a", "classification"): 84.85,
+        ("6a", "rotation"): 59.72,
+        ("6b", "classification"): 81.97,
+    }
+
+
+def test_what_a_row_starts_from_comes_before_it():
+    names = [run.name for run in reproduce.chosen(runs(seeds=2), "3a")]
+    assert names == [f"{row}-seed{seed}" for seed in (0, 1) for row in ("1-rotation", "3a-classification")]
+    assert [run.name for run in reproduce.chosen(runs(), "5b-resnet50-classification-seed0")] == [
+        "5b-resnet50-rotation-seed0",
+        "5b-resnet50-classification-seed0",
+    ]
+    assert reproduce.chosen(runs(), "") == runs()
+    with pytest.raises(UsageError, match="no row '7'"):
+        reproduce.chosen(runs(), "1,7")
+
+
+def test_one_command_runs_what_is_missing_and_then_nothing(small, capsys):
+    reproduce.run(small)
+    out = capsys.readouterr().out
+    assert "2 of 2 done" in out
+    for name, task in (("1-rotation", "rotation"), ("3a-classification", "classification")):
+        (path,) = (small.results / "runs").glob(f"{name}-*.json")
+        result = json.loads(path.read_text())
+        assert (result["task"], result["seed"], result["data_note"]) == (task, 0, "a note")
+        assert result["recipe"]["dataset"] == "digits" and result["summary"]["steps"] == 3
+        assert path.with_suffix(".jsonl").read_text() == (small.workdirs / path.stem / "metrics.jsonl").read_text()
+    assert result["recipe"]["pretrained"].startswith("rotation-digits-resnet18-")
+    page = (small.results / "README.md").read_text()
+    assert "## Trials" in page and "| 1 |" not in page, "a run that was stopped early stays out of the report's table"
+    before = {path: path.stat().st_mtime_ns for path in small.results.rglob("*")}
+    reproduce.run(small)
+    assert {path: path.stat().st_mtime_ns for path in small.results.rglob("*")} == before
+
+
+def test_what_is_left_is_shown_with_an_estimate(small, capsys):
+    reproduce.run(dataclasses.replace(small, only="1"))
+    capsys.readouterr()
+    reproduce.run(dataclasses.replace(small, list=True))
+    out = capsys.readouterr().out
+    assert "1 of 2 done; left: about 0.0 hours" in out and "78.99%" in out and out.count(" left\n") == 1
+
+
+def test_a_trial_is_told_from_the_run():
+    run = next(run for run in runs() if run.row == "3a")
+    trial = shortened(run, 5)
+    assert trial.after and trial.after.recipe.max_steps == trial.recipe.max_steps == 5
+    assert trial.name == "3a-classification-first5-seed0" != run.name
+
+
+def test_the_table_holds_the_mean_over_seeds_and_says_what_is_outside(tmp_path):
+    results = []
+    for seed, accuracy in enumerate((0.81, 0.83)):
+        (result,) = (r for r in tables.load(tables.RESULTS) if (r["row"], r["seed"]) == ("3a", 0))
+        results.append(result | {"seed": seed, "summary": result["summary"] | {"accuracy": accuracy}})
+    line = next(line for line in tables.readme(results).splitlines() if line.startswith("| 3a"))
+    assert "**82.00 ± 1.41** | 2 | -2.11 | 83.1 to 85.1, **outside**" in line
+
+
+def test_settings_out_of_range_are_refused(tmp_path):
+    for name in ("seeds", "max_steps"):
+        with pytest.raises(UsageError, match=f"--{name}=0"):
+            reproduce.run(reproduce.Settings(workdirs=tmp_path, results=tmp_path, **{name: 0}))
+    assert not list(Path(tmp_path).iterdir())
