@@ -14,6 +14,7 @@ import pytest
 from scipy.stats import ks_2samp
 
 import rotjax
+from experiments import control
 from rotjax.errors import UsageError
 from rotjax.models import CIFAR10_MEAN, CIFAR10_STD
 from rotjax.torchvision import export_weights, import_weights
@@ -39,15 +40,10 @@ def torch():
 
 @pytest.fixture(scope="module")
 def networks(torch):
-    """`torchvision.models`, also where torch's build is not the one that torchvision's compiled operators are for."""
     try:
-        yield pytest.importorskip("torchvision", exc_type=ImportError).models
-    except RuntimeError:  # it registers properties of operators that nobody has defined
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        yield pytest.importorskip("torchvision").models
-        del library  # with it go its definitions
+        return control.networks()
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,9 @@ from rotjax.data.pixels import square
 from rotjax.errors import UsageError
 
 DEFAULTS = {
-    "digits": dict(image_size=32, rotations="all", epochs=8, decay_epochs=3, batch_size=32, learning_rate=1e-3, flip=False),
+    "digits": dict(
+        image_size=32, width=32, rotations="all", epochs=8, decay_epochs=6, batch_size=16, learning_rate=1e-3, flip=False
+    ),
     "cifar10": dict(image_size=32),
     "other sets": dict(image_size=64),
 }

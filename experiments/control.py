@@ -1,0 +1,164 @@
+"""A row of the report by PyTorch, on the same data and from the same weights: `python -m experiments.control --run=...`.
+
+Network, optimizer, schedule and augmentation are torchvision's, torch's and written anew here, so that a figure which
+rotjax and its control share comes from the data or the recipe, not from the port. Needs torch and torchvision.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+import rotjax
+from experiments import command, tables
+from experiments.report import say
+from experiments.rows import Run, runs
+from rotjax.data import sources
+from rotjax.errors import DataError, UsageError
+from rotjax.recipe import Classification, Rotation
+from rotjax.torchvision import export_weights
+from rotjax.workdirs import write_json
+
+LIBRARIES = []  # of torch's operators, whose definitions live as long as they do
+
+
+def main() -> int:
+    """Parses the flags and runs the control; returns the exit code."""
+
+    def control(
+        run: str,
+        workdirs: Path = Path("runs/reproduce"),
+        results: Annotated[Path, command.default("experiments/results of the clone")] = tables.RESULTS,
+        data_dir: Path | None = None,
+    ) -> int:
+        """Train a run of the report by PyTorch.
+
+        Args:
+            run: As `experiments.reproduce --list` names it; one that starts from another needs that one's workdir.
+            workdirs: Folder of the workdirs of `experiments.reproduce`.
+            results: Folder of the results.
+            data_dir: Folder of data sets prepared for TFDS.
+        """
+        return command.guarded(lambda: carry_out(run, workdirs, results, data_dir))
+
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+    return tyro.cli(control, prog="python -m experiments.control", config=config, use_underscores=True)
+
+
+def networks() -> Any:
+    """`torchvision.models`, also where torch's build is not the one that torchvision's compiled operators are for."""
+    import torch
+
+    try:
+        import torchvision
+    except RuntimeError:  # it registers properties of operators that nobody has defined
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        LIBRARIES.append(library)
+        import torchvision
+    return torchvision.models
+
+
+def carry_out(name: str, workdirs: Path, results: Path, data_dir: Path | None) -> None:
+    """Trains the run `name` and leaves a row per epoch and the result in `results/controls`."""
+    run = next((run for run in runs(seeds=3) if run.name == name), None)
+    if run is None:
+        raise UsageError(f"--run={name} is none; see python -m experiments.reproduce --list --seeds=3")
+    try:
+        networks()
+    except ImportError as error:
+        raise DataError(f"{error}; the control needs torch and torchvision") from error
+    recipe = run.recipe.resolved()
+    data = sources.load(recipe.dataset, image_size=recipe.image_size or 32, data_dir=data_dir, progress=command.decoding)
+    rows, began = [], time.perf_counter()
+    for row in train(run, data, workdirs):
+        rows.append(row)
+        say(json.dumps(row))
+    folder = results / "controls"
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = {"accuracy": rows[-1]["test_accuracy"], "wall_seconds": round(time.perf_counter() - began, 1)}
+    write_json(folder / f"{run.name}.json", {"row": run.row, "variant": run.variant, "summary": summary, "epochs": rows})
+    tables.write(results)
+    say(f"\n{folder / run.name}.json")
+
+
+def train(run: Run, data: rotjax.Dataset, workdirs: Path):
+    """Yields a row per epoch; at the end of rotations' `test_accuracy` is on all four turns."""
+    import torch
+
+    recipe: Any = run.recipe.resolved()
+    turning, count = isinstance(recipe, Rotation), len(data.train["label"])
+    torch.manual_seed(recipe.seed)
+    rng = np.random.default_rng(recipe.seed)
+    model = _model(run, 4 if turning else len(data.classes), workdirs).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, recipe.decay_epochs, 0.1)
+    mean, std = (255 * np.array(values, np.float32) for values in (recipe.mean, recipe.std))
+
+    def tensor(images: np.ndarray) -> Any:
+        planes = np.ascontiguousarray(((images - mean) / std).transpose(0, 3, 1, 2))
+        return torch.from_numpy(planes).to(memory_format=torch.channels_last)
+
+    def test(turns: tuple[int, ...]) -> float:
+        model.eval()
+        right = 0
+        with torch.no_grad():
+            for at in range(0, len(data.test["label"]), 500):
+                images, labels = (data.test[key][at : at + 500] for key in ("image", "label"))
+                for turn in turns:
+                    predicted = model(tensor(np.rot90(images, turn, (1, 2)))).argmax(1).numpy()
+                    right += (predicted == (turn if turning else labels)).sum()
+        return right / len(data.test["label"]) / len(turns)
+
+    for epoch in range(1, recipe.epochs + 1):
+        model.train()
+        order, correct = rng.permutation(count)[: count // recipe.batch_size * recipe.batch_size], 0
+        for index in order.reshape(-1, recipe.batch_size):
+            images = np.stack([_augmented(data.train["image"][i], rng) for i in index])
+            labels = data.train["label"][index].astype(np.int64)
+            if turning:
+                labels = rng.integers(0, 4, len(index))
+                images = np.stack([np.rot90(image, turn) for image, turn in zip(images, labels, strict=True)])
+            optimizer.zero_grad()
+            logits, target = model(tensor(images)), torch.from_numpy(labels)
+            torch.nn.functional.cross_entropy(logits, target).backward()
+            optimizer.step()
+            correct += (logits.argmax(1) == target).sum().item()
+        schedule.step()
+        turns = tuple(range(4)) if turning else (0,)
+        yield {"epoch": epoch, "train_accuracy": correct / len(order), "test_accuracy": test(turns)}
+
+
+def _model(run: Run, num_classes: int, workdirs: Path) -> Any:
+    """torchvision's network with the weights that `run` starts from, what is frozen without gradients."""
+    import torch
+
+    source = run.after or run
+    model = getattr(networks(), source.recipe.resolved().backbone)(num_classes=num_classes)
+    if run.after:
+        _, variables, _ = rotjax.load(workdirs / run.after.name)
+        weights = export_weights(source.recipe.resolved().backbone, variables)
+        kept = {key: torch.from_numpy(weights[key]) for key in weights if not key.startswith(("fc.", "classifier."))}
+        model.load_state_dict(model.state_dict() | kept)
+    if isinstance(run.recipe, Classification) and run.recipe.trainable != "all":
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad = key.startswith(("layer4.", "fc."))
+    return model
+
+
+def _augmented(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A crop of the image padded with black by an eighth, 4 pixels of 32, and a flip."""
+    size, padding = len(image), len(image) // 8
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    row, column = rng.integers(0, 2 * padding + 1, 2)
+    crop = padded[row : row + size, column : column + size]
+    return crop[:, ::-1] if rng.random() < 0.5 else crop
+
+
+if __name__ == "__main__":
+    sys.exit(main())
