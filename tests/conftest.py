@@ -11,6 +11,8 @@ CACHE = Path(__file__).parents[1] / ".cache" / "compiled"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Half the time to compile, at the price of slow programs, of which tests run a few steps.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
 
 @pytest.fixture(autouse=True)

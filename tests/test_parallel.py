@@ -37,7 +37,7 @@ print(json.dumps([[worst(a, b) for a, b in zip(results[0], other, strict=True)] 
 
 
 def test_loss_gradients_and_statistics_of_a_first_step_agree_on_1_2_and_4_devices():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
     done = subprocess.run([sys.executable, "-c", FIRST_STEP], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for loss, gradients, statistics in json.loads(done.stdout.splitlines()[-1]):

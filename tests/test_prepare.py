@@ -446,10 +446,12 @@ def test_errors_of_the_command(tmp_path, monkeypatch, capsys, flags, code, expec
         assert len(err.splitlines()) == 1
 
 
-def test_interrupted(tmp_path, monkeypatch, capsys, cifar10_file):
+def test_interrupted(request, tmp_path, monkeypatch, capsys, cifar10_file):
     def interrupt(*_):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(prepare, "catalogued", interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has jobs in the background ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     code, _, err = command(monkeypatch, capsys, "cifar10", f"--archive={cifar10_file}", f"--data_dir={tmp_path / 'data'}")
     assert (code, err) == (75, "rotjax: stopped; the same command goes on\n")

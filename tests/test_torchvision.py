@@ -29,9 +29,6 @@ CASES = [("resnet18", 32, 8), ("resnet18", 72, 4), ("resnet50", 64, 4), ("resnet
 each_case = pytest.mark.parametrize(("name", "size", "batch"), CASES, ids=[f"{name}-{size}px" for name, size, _ in CASES])
 each_name = pytest.mark.parametrize("name", rotjax.BACKBONES)
 
-# For programs that run once: half the time to compile, at the price of slow ones.
-ONCE = {"xla_backend_optimization_level": 0}
-
 
 @pytest.fixture(scope="module")
 def torch():
@@ -128,7 +125,7 @@ def test_training_step(torch, build, name, size, batch):
             gradients, (logits, updated) = jax.grad(loss, has_aux=True)(variables["params"])
             return logits, {"params": gradients} | updated
 
-        compiled = jax.jit(step, compiler_options=ONCE)
+        compiled = jax.jit(step)
         our_logits, ours = jax.tree.map(np.asarray, compiled(import_weights(name, before), pixels, labels))
 
     elements = {}  # under each mean, by the norm's name
@@ -161,7 +158,7 @@ def test_round_trip_of_torchvisions_state(build, name):
 def test_initial_distributions(torch, networks, name):
     torch.manual_seed(0)
     theirs = state_of(getattr(networks, name)(num_classes=1000))
-    init = jax.jit(rotjax.create(name, 1000).init, compiler_options=ONCE)
+    init = jax.jit(rotjax.create(name, 1000).init)
     ours = export_weights(name, init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.uint8)))
     for key, mine in ours.items():
         if np.ptp(theirs[key]) == 0:
