@@ -100,11 +100,11 @@ def test_damage_is_noticed_and_mended(home, damage, notes):
 def test_killed_while_decoding(home, notes):
     """Another process decodes, this one waits for it, it is killed: this one decodes, and nothing is left of the other."""
     program = f"""
-import sys, threading, time, numpy as np
+import os, sys, threading, time, numpy as np
 from rotjax.data.decoded import decoded
 def records():
     yield np.zeros(({SIZE}, {SIZE}, 3), np.uint8), 0
-    print("decoding", flush=True)
+    os.write(1, b"decoding\\n")  # at once: print interleaves with the other thread's
     time.sleep(600)
 for key in sys.argv[1:]:
     threading.Thread(target=decoded, args=(key, 6, {SIZE}, records())).start()
