@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import shutil
+import signal
 import stat
 import sys
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from tqdm import tqdm
 import rotjax
 from experiments import figures, report
 from rotjax.data.sources import DEFAULTS
-from rotjax.errors import RotjaxError, UsageError
+from rotjax.errors import RotjaxError, Stopped, UsageError
 from rotjax.recipe import NETWORK
 
 log = logging.getLogger(__name__)
@@ -72,10 +73,15 @@ def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
 
 
 def guarded(job) -> int:
-    """Runs `job`; an error of ours becomes one line and its exit code."""
+    """Runs `job`; an error of ours, or a signal where nothing is to be saved yet, becomes one line and its exit code."""
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with report.listening():
             job()
+    except KeyboardInterrupt:
+        print("rotjax: stopped; the same command goes on", file=sys.stderr)
+        return Stopped.exit_code
     except RotjaxError as error:
         print(f"rotjax: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code

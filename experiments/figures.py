@@ -19,7 +19,7 @@ from PIL import Image
 import rotjax
 from rotjax.data import tasks
 from rotjax.errors import CheckpointError
-from rotjax.run import Plan
+from rotjax.planning import Plan
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from experiments.archives import Archive, catalogued, fetch, lacking, verify
 from experiments.command import guarded
 from experiments.report import say
 from rotjax.data import prepared
-from rotjax.errors import DataError, InUseError, Stopped, UsageError
+from rotjax.errors import DataError, InUseError, UsageError
 
 log = logging.getLogger("experiments.prepare")  # __name__ is "__main__" where it is run
 
@@ -65,10 +65,7 @@ def run(dataset: str, archive: Path | None, data_dir: Path | None, image_size: i
     if image_size is not None and (dataset == "cifar10" or image_size < 1):
         raise UsageError(f"--image_size={image_size}: it is for imagenette, and at least 1; leave it out")
     name = prepared.qualified(dataset, image_size or 160)
-    try:
-        folder = prepare(name, prepared.home(data_dir), archive)
-    except KeyboardInterrupt:
-        raise Stopped("stopped; the same command goes on") from None
+    folder = prepare(name, prepared.home(data_dir), archive)
     flags = f"--dataset={dataset}" + (f" --image_size={image_size or 160}" if dataset == "imagenette" else "")
     flags += f" --data_dir={shlex.quote(str(data_dir))}" if data_dir else ""
     say(f"{name} is prepared in {folder}; use it: python -m experiments.rotation {flags}")

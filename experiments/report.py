@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments import figures
-from rotjax.run import Plan
+from rotjax.planning import Plan
 
 HEADER = "epoch   train loss   train accuracy   test loss   test accuracy   elapsed"
 FILES = ("recipe.json", "metrics.jsonl", "summary.json", "checkpoints/", *figures.NAMES)

@@ -16,12 +16,12 @@ from rotjax.models import Classifier as Classifier
 from rotjax.models import create as create
 from rotjax.optim import adamw as adamw
 from rotjax.optim import piecewise as piecewise
+from rotjax.planning import Plan as Plan
+from rotjax.planning import load as load
+from rotjax.planning import plan as plan
 from rotjax.recipe import Classification as Classification
 from rotjax.recipe import Recipe as Recipe
 from rotjax.recipe import Rotation as Rotation
-from rotjax.run import Plan as Plan
-from rotjax.run import load as load
-from rotjax.run import plan as plan
 from rotjax.run import train as train
 from rotjax.training import TrainState as TrainState
 from rotjax.training import eval_step as eval_step

@@ -1,79 +1,27 @@
-"""A run on disk: a plan, carried out in a workdir or gone on with, row by row."""
+"""A plan carried out in a workdir, or gone on with, row by row."""
 
-import dataclasses
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from threading import Event
 
 import jax
 import optax
 
 from rotjax import checkpoints, optim, training, workdirs
-from rotjax.data import batches, sources, tasks
-from rotjax.data.dataset import Dataset
-from rotjax.errors import DataError, Stopped, UsageError
+from rotjax.data import batches, tasks
+from rotjax.errors import Stopped
 from rotjax.models import Classifier
-from rotjax.parallel import check_batch, data_mesh, replicated, split
-from rotjax.recipe import NETWORK, Classification, Recipe, Rotation, check
-from rotjax.transfer import graft, part
+from rotjax.parallel import data_mesh, split
+from rotjax.planning import Plan
+from rotjax.recipe import Classification, Recipe, Rotation
+from rotjax.transfer import graft
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run that nothing speaks against: its resolved recipe, its data, the backbone it starts from, its steps."""
-
-    recipe: Recipe
-    data: Dataset
-    backbone: dict | None
-    epoch_steps: int
-    steps: int
-
-    @property
-    def boundaries(self) -> range:
-        """The steps from which on the learning rate is a tenth of what it was."""
-        period = self.recipe.decay_epochs * self.epoch_steps
-        return range(period, self.steps, period)
-
-
-def plan(
-    recipe: Recipe,
-    *,
-    data: Dataset | None = None,
-    data_dir: str | Path | None = None,
-    progress: Callable = iter,
-) -> Plan:
-    """Refuses here whatever can be refused; reads the pretrained backbone and the data, writes no workdir.
-
-    `data`, the caller's own, stands in for the data set that the recipe names. Raises UsageError, DataError or
-    CheckpointError.
-    """
-    check(recipe)
-    donor, step = None, 0
-    if isinstance(recipe, Classification) and recipe.pretrained is not None:
-        donor = Path(recipe.pretrained)
-        recipe, step = _inherit(recipe, donor)
-    if data:
-        recipe = dataclasses.replace(recipe, dataset=data.name, image_size=data.image_size)
-    recipe = recipe.resolved(**sources.defaults(recipe.dataset))
-    check(recipe)
-    check_batch(recipe.batch_size, data_mesh())
-    backbone = _load_part(recipe, donor, step, "backbone") if donor else None
-    if data is None:
-        data = sources.load(recipe.dataset, image_size=recipe.image_size, data_dir=data_dir, progress=progress)
-    epoch_steps = len(data.train["label"]) // recipe.batch_size
-    if isinstance(recipe, Classification):
-        recipe, data = _classes(recipe, data)
-    count = len(data.train["label"])
-    if recipe.batch_size > count:
-        raise UsageError(f"--batch_size={recipe.batch_size} is larger than the training set of {count} images; lower it")
-    steps = recipe.epochs * epoch_steps
-    return Plan(recipe, data, backbone, epoch_steps, min(steps, recipe.max_steps or steps))
 
 
 def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_seconds: float = 60.0) -> Iterator[dict]:
@@ -85,58 +33,58 @@ def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_se
     """
     began, workdir, recipe, mesh = time.perf_counter(), Path(workdir), plan.recipe, data_mesh()
     with ExitStack() as stack:
-        stack.enter_context(workdirs.claimed(workdir, recipe))
+        stack.enter_context(workdirs.claimed(workdir, recipe, plan.data))
         stopping = stack.enter_context(workdirs.signals())
         saved = stack.enter_context(checkpoints.open_checkpoints(workdir / "checkpoints"))
-        if saved.latest and saved.latest.step == plan.steps and (workdir / "summary.json").exists():
-            log.info(f"already complete at step {plan.steps}")
+        newest = checkpoints.newest(saved.directory)
+        if newest == plan.steps and (workdir / "summary.json").exists():
+            log.info(f"already complete at step {newest}")
             return
-        model, optimizer, state = _build(plan, saved)
-        first = int(state.step)
-        if first:
+        model, optimizer, state = _build(plan)
+        first = newest or 0
+        if newest is not None:
+            state = checkpoints.restore(saved.directory, newest, state)
             log.info(f"going on from step {first} of {plan.steps}")
-        write = stack.enter_context(workdirs.metrics(workdir, first))
-        score, testing = _scorer(plan, model), 0.0
-        question, test_question = _tasks(recipe)
-
-        def test(variables: dict, epoch: int) -> dict:
-            nonlocal testing
-            begun = time.perf_counter()
-            result = score(variables, test_question, epoch)
-            testing += time.perf_counter() - begun
-            return {"test_loss": result["loss"], "test_accuracy": result["accuracy"]}
-
+        logged, write = stack.enter_context(workdirs.metrics(workdir, first))
         stream = batches.train_batches(
-            plan.data.train, question, recipe.batch_size, plan.steps, seed=recipe.seed, flip=recipe.flip
+            plan.data.train, _task(recipe), recipe.batch_size, plan.steps, seed=recipe.seed, flip=recipe.flip
         )
-        step = training.train_step(model, optimizer, mesh)
+        step, score, testing = training.train_step(model, optimizer, mesh), _scorer(plan, model, stopping), 0.0
         if first < plan.steps:
             log.info("compiling the train step")
             step = step.lower(state, jax.device_put(stream[first], split(mesh))).compile()
         threads = 0 if jax.default_backend() == "cpu" else 1  # a reading thread would take its time from a CPU's steps
         reader = stack.enter_context(closing(batches.read(stream, start=first, threads=threads)))
-        placed = training.place((batch for batch in reader if not stopping.is_set()), mesh)
-        started = last_save = time.perf_counter()
+        placed = training.place(_until(stopping, reader), mesh)
         trained = training.fit(
-            step, state, placed, start=first, steps=plan.steps, epoch_steps=plan.epoch_steps, log_steps=log_steps, test=test
+            step, state, placed, start=first, steps=plan.steps, epoch_steps=plan.epoch_steps, log_steps=log_steps
         )
-        for state, rows in trained:
-            for row in rows:
-                write(row)
-                yield row
-            if time.perf_counter() - last_save >= checkpoint_seconds:
-                checkpoints.save(saved, state)
-                last_save = time.perf_counter()
-        seconds = time.perf_counter() - started - testing
-        last = int(state.step)
-        if last:
-            checkpoints.save(saved, state)
-        if last < plan.steps:
-            saved.wait()
-            raise Stopped(f"stopped at step {last} of {plan.steps}, saved in {workdir}; the same command goes on")
-        log.info("scoring the test set")
-        views = (last - first) * recipe.batch_size * (4 if question is tasks.all_turns else 1)
-        summary = _final_scores(plan, score, state.variables) | {
+        started = last_save = time.perf_counter()
+        try:
+            for state, rows in chain([(state, _untested(plan, state, logged))], trained):  # noqa: B020
+                for row in rows:
+                    if "train_loss" in row:
+                        testing -= time.perf_counter()
+                        result = score(state.variables, _test_task(recipe), row["epoch"])
+                        testing += time.perf_counter()
+                        row |= {"test_loss": result["loss"], "test_accuracy": result["accuracy"]}
+                    write(row)
+                    yield row
+                checkpoints.check(saved)
+                if time.perf_counter() - last_save >= checkpoint_seconds:
+                    _save(saved, state)
+                    last_save = time.perf_counter()
+            seconds = time.perf_counter() - started - testing
+            _save(saved, state)
+            log.info("scoring the test set")
+            scores = _final_scores(plan, score, state.variables)
+        except _Signalled:
+            _save(saved, state)
+            checkpoints.wait(saved)
+            where = f"stopped at step {int(state.step)} of {plan.steps}, saved in {workdir}"
+            raise Stopped(f"{where}; the same command goes on") from None
+        views = (plan.steps - first) * recipe.batch_size * (4 if _task(recipe) is tasks.all_turns else 1)
+        summary = scores | {
             "images_per_second": round(views / seconds, 1) if views else None,
             "epochs": recipe.epochs,
             "steps": plan.steps,
@@ -151,54 +99,12 @@ def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_se
             "wall_seconds": round(time.perf_counter() - began, 1),
             "resumed_from": first or None,
         }
-        saved.wait()
+        checkpoints.wait(saved)
         workdirs.write_json(workdir / "summary.json", summary)
 
 
-def load(workdir: str | Path) -> tuple[Classifier, dict, Recipe]:
-    """The network, the variables and the recipe of the newest checkpoint in `workdir`; raises CheckpointError."""
-    workdir = Path(workdir)
-    recipe = workdirs.read_recipe(workdir)
-    step = checkpoints.latest_step(workdir / "checkpoints")
-    variables: dict = {}
-    for name in ("backbone", "head"):
-        for collection, tree in _load_part(recipe, workdir, step, name).items():
-            variables.setdefault(collection, {})[name] = tree
-    return recipe.model(), variables, recipe
-
-
-def _inherit(recipe: Classification, donor: Path) -> tuple[Classification, int]:
-    """The recipe with the network of the run in `donor`, which it names by run and step, and that step."""
-    source = workdirs.read_recipe(donor)
-    step = checkpoints.latest_step(donor / "checkpoints")
-    inherited = {name: getattr(source, name) for name in NETWORK}
-    for name, value in inherited.items():
-        if getattr(recipe, name) not in (None, value):
-            raise UsageError(f"--{name}={getattr(recipe, name)} contradicts {donor}, which has {value}; leave --{name} out")
-    return dataclasses.replace(recipe, **inherited, pretrained=f"{source.name}@{step}"), step
-
-
-def _classes(recipe: Classification, data: Dataset) -> tuple[Classification, Dataset]:
-    """The recipe with the classes of `data`, and of `data` the subset that the recipe asks for."""
-    if not data.classes:
-        raise DataError(f"{recipe.dataset} has no classes; put its images into one folder per class, or predict rotations")
-    if recipe.subset:
-        rows = sources.subset(data.train["label"], recipe.subset, recipe.seed)
-        data = dataclasses.replace(data, train={key: value[rows] for key, value in data.train.items()})
-    return dataclasses.replace(recipe, classes=data.classes), data
-
-
-def _load_part(recipe: Recipe, workdir: Path, step: int, name: str) -> dict:
-    """The part `name` of the network of `recipe` from a checkpoint in `workdir`."""
-    model = (recipe if recipe.classes else dataclasses.replace(recipe, classes=("",))).model()
-    abstract = part(training.abstract_variables(model, recipe.image_size), name)
-    sharding = replicated(data_mesh())
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
-    return checkpoints.load_parts(workdir / "checkpoints", step, {name: abstract})[name]
-
-
-def _build(plan: Plan, saved) -> tuple[Classifier, optax.GradientTransformation, training.TrainState]:
-    """The network, its optimizer, and the newest saved state or step 0: initialise, graft, then the optimizer's state."""
+def _build(plan: Plan) -> tuple[Classifier, optax.GradientTransformation, training.TrainState]:
+    """The network, its optimizer, and the state at step 0: initialise, graft, then the optimizer's state."""
     recipe = plan.recipe
     model = recipe.model()
     variables = training.init_variables(model, recipe.seed, recipe.image_size)
@@ -214,24 +120,58 @@ def _build(plan: Plan, saved) -> tuple[Classifier, optax.GradientTransformation,
     statistics = "held" if recipe.held else "moving"
     frozen = f"; frozen: {', '.join(recipe.frozen)}, their statistics {statistics}" if recipe.frozen else ""
     log.info(f"{recipe.backbone}, {recipe.stem} stem: {trainable:,} of {sum(sizes):,} parameters train{frozen}")
-    return model, optimizer, checkpoints.restore(saved, training.init_state(optimizer, variables))
+    return model, optimizer, training.init_state(optimizer, variables)
 
 
-def _tasks(recipe: Recipe) -> tuple[tasks.Task, tasks.Task]:
-    """What training asks, and what the test after every epoch does: one turn per image, as the report did."""
+class _Signalled(Exception):
+    """It is time to save and to stop."""
+
+
+def _until(stopping: Event, items: Iterable) -> Iterator:
+    """`items`, until a signal has come."""
+    for item in items:
+        if stopping.is_set():
+            raise _Signalled
+        yield item
+
+
+def _untested(plan: Plan, state: training.TrainState, logged: Sequence[dict]) -> list[dict]:
+    """The row of the epoch that ended with `state` where a signal broke its test off: it is not among those `logged`."""
+    step = int(state.step)
+    if not step or (step % plan.epoch_steps and step != plan.steps):
+        return []
+    if any(row["step"] == step and "test_loss" in row for row in logged):
+        return []
+    return [training.epoch_row(state, -(-step // plan.epoch_steps))]
+
+
+def _save(saved: checkpoints.Checkpoints, state: training.TrainState) -> None:
+    """Saves `state` unless it is that of step 0, or spoilt."""
+    if int(state.step):
+        training.check_finite(state)
+        checkpoints.save(saved, state)
+
+
+def _task(recipe: Recipe) -> tasks.Task:
+    """What training asks."""
     if isinstance(recipe, Rotation):
-        return (tasks.all_turns if recipe.rotations == "all" else tasks.random_turn), tasks.random_turn
-    return tasks.classify, tasks.classify
+        return tasks.all_turns if recipe.rotations == "all" else tasks.random_turn
+    return tasks.classify
 
 
-def _scorer(plan: Plan, model: Classifier) -> Callable[[dict, tasks.Task, int], dict]:
+def _test_task(recipe: Recipe) -> tasks.Task:
+    """What the test after every epoch asks: one turn per image, as the report did."""
+    return tasks.random_turn if isinstance(recipe, Rotation) else tasks.classify
+
+
+def _scorer(plan: Plan, model: Classifier, stopping: Event) -> Callable[[dict, tasks.Task, int], dict]:
     """`(variables, task, epoch) -> loss, accuracy, confusion` on every test image."""
     recipe, step = plan.recipe, training.eval_step(model)
 
     def score(variables: dict, task: tasks.Task, epoch: int) -> dict:
         views = batches.test_batches(plan.data.test, task, recipe.batch_size, seed=recipe.seed, epoch=epoch)
         with closing(batches.read(views)) as reader:
-            return training.evaluate(step, variables, training.place(reader))
+            return training.evaluate(step, variables, training.place(_until(stopping, reader)))
 
     return score
 

@@ -23,7 +23,8 @@ Row = dict[str, Any]
 class TrainState:
     """Arrays only, so that saving it is saving the run.
 
-    `variables` are what `model.apply` takes; `sums` are `loss`, `correct` and `count` since the epoch began.
+    `variables` are what `model.apply` takes; `sums` are `loss`, `correct` and `count` since the epoch began, and `bad_step`,
+    the first of its steps whose loss or update was not finite, 0 while there is none.
     """
 
     step: jax.Array
@@ -73,10 +74,12 @@ def train_step(model: nn.Module, optimizer: optax.GradientTransformation, mesh: 
         updates, opt_state = optimizer.update(gradients, state.opt_state, params)
         variables = state.variables | updated | {"params": optax.apply_updates(params, updates)}
         count = len(batch["label"])
+        bad = ~(jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(updates)))  # of updates: gradients of the frozen cost
         sums = {
             "loss": state.sums["loss"] + value * count,
             "correct": state.sums["correct"] + correct,
             "count": state.sums["count"] + count,
+            "bad_step": jnp.where(bad & (state.sums["bad_step"] == 0), state.step + 1, state.sums["bad_step"]),
         }
         return TrainState(state.step + 1, variables, opt_state, sums), {"loss": value, "accuracy": correct / count}
 
@@ -125,13 +128,12 @@ def fit(
     steps: int,
     epoch_steps: int,
     log_steps: int = 50,
-    test: Callable[[dict, int], Row] | None = None,
 ) -> Iterator[tuple[TrainState, list[Row]]]:
     """Trains from step `start`, that of `state`, to `steps` on placed `batches`, yielding the state and its rows each step.
 
     There is a row every `log_steps` steps, with that batch's metrics, and one at the end of an epoch (`epoch_steps`
-    steps, or the last), with the epoch's and what `test(variables, epoch)` adds. A yielded state lives until the next is
-    asked for. Raises NonFiniteError at the first row whose loss is not a number.
+    steps, or the last), see `epoch_row`. A yielded state lives until the next is asked for. Raises NonFiniteError with
+    the first row after a loss or an update that is not finite.
     """
     for number, batch in zip(range(start + 1, steps + 1), batches, strict=False):
         if (number - 1) % epoch_steps == 0:
@@ -139,21 +141,26 @@ def fit(
         state, metrics = step(state, batch)
         epoch, rows = (number - 1) // epoch_steps + 1, []
         if number % log_steps == 0:
-            rows.append(_finite({"step": number, "epoch": epoch} | {k: float(v) for k, v in metrics.items()}))
+            check_finite(state)
+            rows.append({"step": number, "epoch": epoch} | {name: float(value) for name, value in metrics.items()})
         if number % epoch_steps == 0 or number == steps:
-            sums = {key: float(value) for key, value in state.sums.items()}
-            row = {"step": number, "epoch": epoch, "train_loss": sums["loss"] / sums["count"]}
-            row["train_accuracy"] = sums["correct"] / sums["count"]
-            rows.append(_finite(row) | (test(state.variables, epoch) if test else {}))
+            rows.append(epoch_row(state, epoch))
         yield state, rows
 
 
+def epoch_row(state: TrainState, epoch: int) -> Row:
+    """The loss and the accuracy on what has been trained on since `epoch` began; raises NonFiniteError."""
+    check_finite(state)
+    count = int(state.sums["count"])
+    row = {"step": int(state.step), "epoch": epoch, "train_loss": float(state.sums["loss"]) / count}
+    return row | {"train_accuracy": int(state.sums["correct"]) / count}
+
+
+def check_finite(state: TrainState) -> None:
+    """Raises NonFiniteError naming the first step of this epoch whose loss or update was not finite."""
+    if bad := int(state.sums["bad_step"]):
+        raise NonFiniteError(f"the loss or its gradient is not finite at step {bad}; lower the learning rate")
+
+
 def _no_sums() -> dict[str, jax.Array]:
-    return {"loss": jnp.zeros(()), "correct": jnp.zeros((), jnp.int32), "count": jnp.zeros((), jnp.int32)}
-
-
-def _finite(row: Row) -> Row:
-    loss = row["loss"] if "loss" in row else row["train_loss"]
-    if not np.isfinite(loss):
-        raise NonFiniteError(f"the loss is {loss} at step {row['step']}; lower the learning rate")
-    return row
+    return {"loss": jnp.zeros(())} | {name: jnp.zeros((), jnp.int32) for name in ("correct", "count", "bad_step")}

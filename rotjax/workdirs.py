@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rotjax.errors import CheckpointError, InUseError, UsageError
+from rotjax.data.dataset import Dataset
+from rotjax.errors import CheckpointError, DataError, InUseError, UsageError
 from rotjax.recipe import Recipe, differences, from_json, to_json
 
 
@@ -27,11 +28,11 @@ def read_recipe(workdir: Path) -> Recipe:
 
 
 @contextmanager
-def claimed(workdir: Path, recipe: Recipe) -> Iterator[None]:
+def claimed(workdir: Path, recipe: Recipe, data: Dataset) -> Iterator[None]:
     """Makes `workdir` the run's, or finds that it is, and keeps other processes out meanwhile.
 
-    Raises UsageError for a folder of another recipe or of something else, CheckpointError where it cannot be written,
-    InUseError where a process is at work.
+    Raises UsageError for a folder of another recipe or of something else, DataError where the run was started on other
+    data, CheckpointError where it cannot be written, InUseError where a process is at work.
     """
     path = workdir / "recipe.json"
     if path.exists():
@@ -51,24 +52,34 @@ def claimed(workdir: Path, recipe: Recipe) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             raise InUseError(f"{workdir} is in use by {lock.read().strip() or 'another process'}; wait for it") from None
-        lock.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
-        if not path.exists():
-            write_json(path, to_json(recipe))
+        with _writing(workdir):
+            lock.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
+            if not path.exists():
+                write_json(path, to_json(recipe))
+            _same_data(workdir / "data.json", data)
         yield
 
 
 @contextmanager
-def metrics(workdir: Path, step: int) -> Iterator[Callable[[dict], None]]:
-    """Appends rows to `metrics.jsonl`, of which rows past `step`, and a last one cut short, are dropped first."""
+def metrics(workdir: Path, step: int) -> Iterator[tuple[list[dict], Callable[[dict], None]]]:
+    """The rows of `metrics.jsonl` up to `step`, and what appends another; later ones, and one cut short, are dropped."""
     path = workdir / "metrics.jsonl"
-    kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    _replace(path, "".join(kept))
-    with open(path, "a") as file:
-        yield lambda row: print(json.dumps(row), file=file, flush=True)
+    try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        rows = [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if row["step"] <= step]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); remove it, the same command goes on") from error
+    with _writing(workdir):
+        _replace(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+        file = open(path, "a")  # noqa: SIM115
+
+    def write(row: dict) -> None:
+        with _writing(workdir):
+            print(json.dumps(row), file=file, flush=True)
+
+    with file:
+        yield rows, write
 
 
 @contextmanager
@@ -94,8 +105,34 @@ def signals() -> Iterator[threading.Event]:
 
 
 def write_json(path: Path, values: dict) -> None:
-    """Writes all of `values` or nothing."""
-    _replace(path, json.dumps(values, indent=1) + "\n")
+    """Writes all of `values` or nothing; raises CheckpointError where it cannot."""
+    with _writing(path.parent):
+        _replace(path, json.dumps(values, indent=1) + "\n")
+
+
+@contextmanager
+def _writing(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        problem = error.strerror or str(error)
+        raise CheckpointError(f"cannot write in {workdir} ({problem}); mend it, then the same command goes on") from error
+
+
+def _same_data(path: Path, data: Dataset) -> None:
+    """Leaves at `path` what tells `data` from other data, or compares it with what is there; raises DataError."""
+    facts = data.facts()
+    if not path.exists():
+        write_json(path, facts)
+        return
+    try:
+        before = json.loads(path.read_text())
+        odd = [key for key in facts if facts[key] != before[key]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); name another workdir") from error
+    if odd:
+        changes = ", ".join(f"{key} {before[key]} -> {facts[key]}" for key in odd if key != "sample") or "other images"
+        raise DataError(f"{path.parent} was started on other data ({changes}); bring that back, or name another workdir")
 
 
 def _replace(path: Path, text: str) -> None:

@@ -213,7 +213,7 @@ def test_a_workdir_of_another_recipe_or_of_something_else_is_refused(pretrained,
 def test_a_workdir_in_use_is_refused(pretrained, data):
     plan = rotjax.plan(rotjax.Rotation(**SMALL), data=data)
     with (
-        rotjax.workdirs.claimed(pretrained, plan.recipe),
+        rotjax.workdirs.claimed(pretrained, plan.recipe, plan.data),
         pytest.raises(InUseError, match=f"in use by process {os.getpid()}"),
     ):
         list(rotjax.train(plan, pretrained))

@@ -1,5 +1,6 @@
 """What a source of images comes to: arrays for training, arrays for testing, names of the classes."""
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,16 @@ class Dataset:
             bad = np.flatnonzero((label < (0 if self.classes else -1)) | (label >= max(len(self.classes), 0)))
             if len(bad):
                 raise DataError(f"{where}: label {label[bad[0]]} of image {bad[0]} is none of {len(self.classes)} classes")
+
+    def facts(self) -> dict:
+        """JSON that tells this data from other: counts, and a hash of the labels and of up to 2,048 images a part."""
+        sample = hashlib.sha256()
+        for arrays in (self.train, self.test):
+            sample.update(arrays["label"].astype(np.int64).tobytes())
+            for index in np.unique(np.linspace(0, len(arrays["image"]) - 1, 2048).astype(int)):
+                sample.update(arrays["image"][index].tobytes())
+        counts = {"train_images": len(self.train["label"]), "test_images": len(self.test["label"])}
+        return counts | {"image_size": self.image_size, "classes": list(self.classes), "sample": sample.hexdigest()}
 
     @property
     def image_size(self) -> int:

@@ -1,0 +1,111 @@
+"""What a run is to be, before any of it is done: recipe, data and backbone, refused where they do not go together."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from rotjax import checkpoints, training, workdirs
+from rotjax.data import sources
+from rotjax.data.dataset import Dataset
+from rotjax.errors import DataError, UsageError
+from rotjax.models import Classifier
+from rotjax.parallel import check_batch, data_mesh, replicated
+from rotjax.recipe import NETWORK, Classification, Recipe, check
+from rotjax.transfer import part
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that nothing speaks against: its resolved recipe, its data, the backbone it starts from, its steps."""
+
+    recipe: Recipe
+    data: Dataset
+    backbone: dict | None
+    epoch_steps: int
+    steps: int
+
+    @property
+    def boundaries(self) -> range:
+        """The steps from which on the learning rate is a tenth of what it was."""
+        period = self.recipe.decay_epochs * self.epoch_steps
+        return range(period, self.steps, period)
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    data: Dataset | None = None,
+    data_dir: str | Path | None = None,
+    progress: Callable = iter,
+) -> Plan:
+    """Refuses here whatever can be refused; reads the pretrained backbone and the data, writes no workdir.
+
+    `data`, the caller's own, stands in for the data set that the recipe names. Raises UsageError, DataError or
+    CheckpointError.
+    """
+    check(recipe)
+    donor, step = None, 0
+    if isinstance(recipe, Classification) and recipe.pretrained is not None:
+        donor = Path(recipe.pretrained)
+        recipe, step = _inherit(recipe, donor)
+    if data:
+        recipe = dataclasses.replace(recipe, dataset=data.name, image_size=data.image_size)
+    recipe = recipe.resolved(**sources.defaults(recipe.dataset))
+    check(recipe)
+    check_batch(recipe.batch_size, data_mesh())
+    backbone = _load_part(recipe, donor, step, "backbone") if donor else None
+    if data is None:
+        data = sources.load(recipe.dataset, image_size=recipe.image_size, data_dir=data_dir, progress=progress)
+    epoch_steps = len(data.train["label"]) // recipe.batch_size
+    if isinstance(recipe, Classification):
+        recipe, data = _classes(recipe, data)
+    count = len(data.train["label"])
+    if recipe.batch_size > count:
+        raise UsageError(f"--batch_size={recipe.batch_size} is larger than the training set of {count} images; lower it")
+    steps = recipe.epochs * epoch_steps
+    return Plan(recipe, data, backbone, epoch_steps, min(steps, recipe.max_steps or steps))
+
+
+def load(workdir: str | Path) -> tuple[Classifier, dict, Recipe]:
+    """The network, the variables and the recipe of the newest checkpoint in `workdir`; raises CheckpointError."""
+    workdir = Path(workdir)
+    recipe = workdirs.read_recipe(workdir)
+    step = checkpoints.latest_step(workdir / "checkpoints")
+    variables: dict = {}
+    for name in ("backbone", "head"):
+        for collection, tree in _load_part(recipe, workdir, step, name).items():
+            variables.setdefault(collection, {})[name] = tree
+    return recipe.model(), variables, recipe
+
+
+def _inherit(recipe: Classification, donor: Path) -> tuple[Classification, int]:
+    """The recipe with the network of the run in `donor`, which it names by run and step, and that step."""
+    source = workdirs.read_recipe(donor)
+    step = checkpoints.latest_step(donor / "checkpoints")
+    inherited = {name: getattr(source, name) for name in NETWORK}
+    for name, value in inherited.items():
+        if getattr(recipe, name) not in (None, value):
+            raise UsageError(f"--{name}={getattr(recipe, name)} contradicts {donor}, which has {value}; leave --{name} out")
+    return dataclasses.replace(recipe, **inherited, pretrained=f"{source.name}@{step}"), step
+
+
+def _classes(recipe: Classification, data: Dataset) -> tuple[Classification, Dataset]:
+    """The recipe with the classes of `data`, and of `data` the subset that the recipe asks for."""
+    if not data.classes:
+        raise DataError(f"{recipe.dataset} has no classes; put its images into one folder per class, or predict rotations")
+    if recipe.subset:
+        rows = sources.subset(data.train["label"], recipe.subset, recipe.seed)
+        data = dataclasses.replace(data, train={key: value[rows] for key, value in data.train.items()})
+    return dataclasses.replace(recipe, classes=data.classes), data
+
+
+def _load_part(recipe: Recipe, workdir: Path, step: int, name: str) -> dict:
+    """The part `name` of the network of `recipe` from a checkpoint in `workdir`."""
+    model = (recipe if recipe.classes else dataclasses.replace(recipe, classes=("",))).model()
+    abstract = part(training.abstract_variables(model, recipe.image_size), name)
+    sharding = replicated(data_mesh())
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
+    return checkpoints.load_parts(workdir / "checkpoints", step, {name: abstract})[name]

@@ -1,0 +1,275 @@
+"""Checkpoints that are damaged, unfinished, strange or do not fit are never taken for sound ones."""
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rotjax import checkpoints
+from rotjax.errors import CheckpointError
+from rotjax.training import TrainState
+
+
+def state(step, value=0.0):
+    """A state small enough to be saved a hundred times."""
+    numbers = jnp.arange(300.0) + value
+    variables = {"params": {"backbone": {"kernel": numbers}, "head": {"kernel": numbers[:7]}}}
+    sums = {"loss": jnp.zeros(()), "bad_step": jnp.zeros((), jnp.int32)}
+    return TrainState(jnp.array(step, jnp.int32), variables, {"mu": numbers * 2}, sums)
+
+
+def saved(directory, *steps):
+    with checkpoints.open_checkpoints(directory) as opened:
+        for step in steps:
+            checkpoints.save(opened, state(step, step))
+    return directory
+
+
+def restored(directory):
+    step = checkpoints.newest(directory)
+    return checkpoints.restore(directory, step, state(0))
+
+
+def equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_newest_two_are_kept_and_the_newest_restored(tmp_path, notes):
+    saved(tmp_path, 1, 2, 30)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "2.json", "30", "30.json"]
+    equal(restored(tmp_path), state(30, 30))
+    assert notes == []
+
+
+def test_a_step_that_is_saved_is_not_saved_again(tmp_path):
+    saved(tmp_path, 5)
+    before = {path: path.stat().st_mtime_ns for path in files(tmp_path)}
+    saved(tmp_path, 5)
+    assert {path: path.stat().st_mtime_ns for path in files(tmp_path)} == before
+
+
+def test_C1_a_flipped_bit_anywhere_is_noticed(tmp_path, notes):
+    saved(tmp_path, 1, 2)
+    seed = int.from_bytes(os.urandom(4))
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    everything = files(tmp_path / "2")
+    for number in range(60):
+        path = everything[number % len(everything)]
+        content = bytearray(path.read_bytes())
+        if not content:
+            continue
+        sound = bytes(content)
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        path.write_bytes(content)
+        notes.clear()
+        equal(restored(tmp_path), state(1, 1))
+        (line,) = notes
+        assert f"checkpoint 2 in {tmp_path} is damaged ({path.relative_to(tmp_path / '2')}" in line
+        assert line.endswith("trying step 1") and len(line) < 300
+        path.write_bytes(sound)
+    equal(restored(tmp_path), state(2, 2))
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b""), os.unlink, lambda path: os.truncate(path, 1)])
+def test_C2_files_that_are_cut_or_gone_are_noticed(tmp_path, damage):
+    saved(tmp_path / "sound", 1, 2)
+    for path in files(tmp_path / "sound" / "2"):
+        if path.stat().st_size < 2:
+            continue
+        copy = shutil.copytree(tmp_path / "sound", tmp_path / "copy", dirs_exist_ok=True)
+        damage(copy / path.relative_to(tmp_path / "sound"))
+        assert checkpoints.newest(copy) == 1
+        shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1}', "null", "[" * 10_000, '{"../../etc/passwd": ""}'])
+def test_C2_a_list_of_files_that_is_none_is_noticed(tmp_path, content):
+    saved(tmp_path, 1, 2)
+    (tmp_path / "2.json").write_text(content)
+    assert checkpoints.newest(tmp_path) == 1
+
+
+def test_C2_stray_files_and_links_are_noticed(tmp_path):
+    saved(tmp_path, 1, 2)
+    (tmp_path / "2" / "stray").write_text("x")
+    assert checkpoints.newest(tmp_path) == 1
+    (tmp_path / "2" / "stray").unlink()
+    target = files(tmp_path / "2")[0]
+    moved = target.rename(tmp_path / "elsewhere")
+    target.symlink_to(moved)
+    assert checkpoints.newest(tmp_path) == 1
+
+
+def test_C1_none_left_is_an_error_and_nothing_is_removed(tmp_path):
+    saved(tmp_path, 1)
+    (files(tmp_path / "1")[0]).write_bytes(b"x")
+    before = files(tmp_path)
+    with pytest.raises(CheckpointError, match="checkpoint 1 in .* is damaged .* no older one is left; remove") as caught:
+        checkpoints.newest(tmp_path)
+    assert len(str(caught.value)) < 300 and files(tmp_path) == before
+
+
+def test_C3_what_is_only_named_like_a_step_is_left_alone(tmp_path, notes):
+    saved(tmp_path, 3)
+    for name in ("7", "007", "99999999999999999999", "-1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "8").write_text("a file")
+    (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "-2.json").write_text("{}")
+    (tmp_path / "99999999999999999999.json").write_text("{}")
+    equal(restored(tmp_path), state(3, 3))
+    (line,) = notes
+    assert "no checkpoints for want of a list of their files, left alone: 007, 7, 8" in line
+    saved(tmp_path, 4, 5)
+    assert {"7", "007", "8", "-1"} <= {path.name for path in tmp_path.iterdir()}
+    equal(restored(tmp_path), state(5, 5))
+
+
+@pytest.mark.parametrize("left", ["5.orbax-checkpoint-tmp", "5"])
+def test_R2_what_an_unfinished_save_left_is_cleared_away(tmp_path, left):
+    saved(tmp_path, 3)
+    (tmp_path / left).mkdir()
+    (tmp_path / left / "data").write_text("half")
+    (tmp_path / "5.unfinished").touch()
+    assert checkpoints.newest(tmp_path) == 3
+    with checkpoints.open_checkpoints(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "3.json"]
+    saved(tmp_path, 5)
+    equal(restored(tmp_path), state(5, 5))
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from rotjax import checkpoints
+sys.path.insert(0, sys.argv[3])
+from test_checkpoints import saved, state
+die = lambda *_, **__: os.kill(os.getpid(), 9)
+def after(function):
+    return lambda *a, **k: (function(*a, **k), die())
+place = sys.argv[2]
+if place == "before the write": checkpoints.ocp.save_checkpointables_async = die
+elif place == "in the write": checkpoints._finish = die
+elif place == "before the list": checkpoints._files = die
+elif place == "before it counts": Path.rename = die
+elif place == "once it counts": Path.rename = after(Path.rename)
+elif place == "in a removal": checkpoints.shutil.rmtree = die
+else: raise SystemExit(3)
+saved(Path(sys.argv[1]), 3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "left"),
+    [
+        ("before the write", 2),
+        ("in the write", 2),
+        ("before the list", 2),
+        ("before it counts", 2),
+        ("once it counts", 3),
+        ("in a removal", 3),
+    ],
+)
+def test_R2_killed_at_each_point_of_a_save(tmp_path, place, left):
+    saved(tmp_path, 1, 2)
+    words = [sys.executable, "-c", KILLED, str(tmp_path), place, os.path.dirname(__file__)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == -9, done.stderr
+    assert checkpoints.newest(tmp_path) == left
+    equal(restored(tmp_path), state(left, left))
+    saved(tmp_path, 3, 4)
+    equal(restored(tmp_path), state(4, 4))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "3.json", "4", "4.json"]
+
+
+def test_C4_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    saved(tmp_path, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(CheckpointError, match="no room to save step 2 in .*: 0 MB are needed, 0 MB free; make room"):
+        saved(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "1.json"]
+
+
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_checkpoints import saved
+from rotjax.errors import CheckpointError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+try:
+    saved(Path(sys.argv[1]), 2)
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_C4_a_disk_that_fills_during_a_save_leaves_the_earlier_ones(tmp_path):
+    saved(tmp_path, 1)
+    words = [sys.executable, "-c", LIMITED, str(tmp_path), os.path.dirname(__file__)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("step 2 was not saved in ") and len(done.stdout.splitlines()) == 1
+    with checkpoints.open_checkpoints(tmp_path):  # clears away what was still being written
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "1.json"]
+    equal(restored(tmp_path), state(1, 1))
+
+
+def test_C5_a_save_that_fails_is_said_at_the_next_step(tmp_path, monkeypatch):
+    def fails(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "_files", fails)
+    with pytest.raises(CheckpointError, match="step 1 was not saved"), checkpoints.open_checkpoints(tmp_path) as opened:
+        checkpoints.save(opened, state(1))
+        while not opened.pending.done():
+            pass
+        checkpoints.check(opened)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_C13_values_that_are_not_finite_are_refused(tmp_path):
+    saved(tmp_path, 1)
+    with checkpoints.open_checkpoints(tmp_path) as opened:
+        checkpoints.save(opened, state(2, np.nan))
+    with pytest.raises(CheckpointError, match="step 2 in .* holds values that are not finite"):
+        restored(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # Orbax's, of the other parts
+def test_C7_other_shapes_and_names_are_refused_in_a_line(tmp_path):
+    saved(tmp_path, 1)
+    other = state(0)
+    other.variables["params"]["backbone"] = {"kernel": jnp.zeros((2, 2))}
+    with pytest.raises(CheckpointError, match="step 1 in .* cannot be loaded") as caught:
+        checkpoints.restore(tmp_path, 1, other)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    del caught
+    gc.collect()
+
+
+def test_C16_a_copy_elsewhere_restores(tmp_path):
+    saved(tmp_path / "here", 1, 2)
+    there = shutil.copytree(tmp_path / "here", tmp_path / "there")
+    shutil.rmtree(tmp_path / "here")
+    equal(restored(there), state(2, 2))
+
+
+def test_the_list_holds_every_file(tmp_path):
+    saved(tmp_path, 1)
+    listed = json.loads((tmp_path / "1.json").read_text())
+    assert {tmp_path / "1" / path for path in listed} == set(files(tmp_path / "1"))
