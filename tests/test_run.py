@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import rotjax
-from rotjax.errors import CheckpointError, DataError, InUseError, Stopped, UsageError
+from rotjax.errors import CheckpointError, DataError, InUseError, NonFiniteError, Stopped, UsageError
 
 SMALL = dict(stem="cifar", width=4, batch_size=8, epochs=2, seed=1)
 
@@ -81,6 +81,76 @@ def test_a_stopped_run_goes_on_to_the_same_bits(pretrained, data, tmp_path):
     assert (tmp_path / "run/metrics.jsonl").read_text() == (pretrained / "metrics.jsonl").read_text()
     for a, b in zip(arrays(tmp_path / "run"), arrays(pretrained), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_R3_a_signal_in_a_test_is_heeded_and_the_test_repeated(pretrained, data, tmp_path, monkeypatch):
+    """The state at the end of the epoch is saved; the next run begins with the test that is missing."""
+    workdir, evaluate, calls = tmp_path / "run", rotjax.training.evaluate, []
+
+    def interrupted(*arguments):
+        calls.append(None)
+        if len(calls) in (1, 3):  # the test of each epoch, the first time
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(rotjax.training, "evaluate", interrupted)
+    for tested, step in enumerate((6, 12)):
+        with pytest.raises(Stopped, match=f"stopped at step {step} of 12"):
+            carry_out(rotjax.Rotation(**SMALL), data, workdir)
+        rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        assert sum("test_loss" in row for row in rows) == tested and not (workdir / "summary.json").exists()
+    rows = carry_out(rotjax.Rotation(**SMALL), data, workdir)
+    assert [row["step"] for row in rows] == [12] and summary(workdir)["resumed_from"] == 12
+    assert (workdir / "metrics.jsonl").read_text() == (pretrained / "metrics.jsonl").read_text()
+    for a, b in zip(arrays(workdir), arrays(pretrained), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_R3_a_signal_before_the_first_step_leaves_a_run_that_goes_on(pretrained, data, tmp_path, monkeypatch):
+    init_state = rotjax.training.init_state
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return init_state(*arguments)
+
+    monkeypatch.setattr(rotjax.training, "init_state", interrupted)
+    with pytest.raises(Stopped, match="stopped at step 0 of 12"):
+        carry_out(rotjax.Rotation(**SMALL), data, tmp_path / "run")
+    monkeypatch.setattr(rotjax.training, "init_state", init_state)
+    carry_out(rotjax.Rotation(**SMALL), data, tmp_path / "run")
+    assert (tmp_path / "run/metrics.jsonl").read_text() == (pretrained / "metrics.jsonl").read_text()
+
+
+def test_N1_what_is_not_finite_stops_the_run_and_keeps_the_last_sound_checkpoint(data, tmp_path):
+    stream = []
+
+    def poisoned(state, *rest):
+        stream.append(int(state.step))
+        return real(state, *rest)
+
+    real = rotjax.checkpoints.save
+    rotjax.checkpoints.save = poisoned
+    try:
+        with pytest.raises(NonFiniteError, match="not finite at step 1; lower the learning rate"):
+            carry_out(rotjax.Rotation(learning_rate=1e30, **SMALL), data, tmp_path / "run", checkpoint_seconds=0.0)
+    finally:
+        rotjax.checkpoints.save = real
+    assert stream == [] and not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_D6_a_run_does_not_go_on_with_other_data(pretrained, data):
+    label = data.train["label"].copy()
+    label[0] = 2
+    others = [
+        (dataclasses.replace(data, train=data.train | {"label": label}), "other images"),
+        (dataclasses.replace(data, test={key: value[:9] for key, value in data.test.items()}), "test_images 11 -> 9"),
+        (dataclasses.replace(data, classes=("a", "b", "d")), "classes"),
+    ]
+    before = {path: path.read_bytes() for path in pretrained.glob("*.json*")}
+    for other, message in others:
+        with pytest.raises(DataError, match=f"was started on other data .*{message}"):
+            carry_out(rotjax.Rotation(**SMALL), other, pretrained)
+    assert before == {path: path.read_bytes() for path in pretrained.glob("*.json*")}
 
 
 KILLED = """
