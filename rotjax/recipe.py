@@ -84,7 +84,8 @@ class Recipe:
         usual = to_json(type(self)().resolved())
         words = json.dumps({key: value for key, value in to_json(self).items() if value != usual[key]}, sort_keys=True)
         digest = hashlib.sha256(words.encode()).hexdigest()[:8]
-        dataset = "".join(c if c.isalnum() or c in "-_" else "-" for c in self.dataset.rstrip("/").split("/")[-1])
+        last = self.dataset.rstrip("/").split("/")[-1][:60]
+        dataset = "".join(c if c.isalnum() or c in "-_" else "-" for c in last)
         return f"{self.job}-{dataset}-{self.backbone}-{digest}"
 
     def model(self) -> Classifier:

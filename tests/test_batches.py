@@ -18,7 +18,7 @@ def centres(batch):
     return batch["image"][:, 4, 4, 0]
 
 
-def test_each_pass_has_every_image_once_in_a_new_order_and_batches_straddle_passes():
+def test_R7_each_pass_has_every_image_once_in_a_new_order_and_batches_straddle_passes():
     stream = batches.train_batches(numbered(50), tasks.classify, 8, 25, seed=3)
     seen = np.concatenate([stream[t]["label"] for t in range(25)])
     passes = seen.reshape(4, 50)
@@ -29,7 +29,7 @@ def test_each_pass_has_every_image_once_in_a_new_order_and_batches_straddle_pass
 
 
 @pytest.mark.parametrize("task", [tasks.classify, tasks.random_turn, tasks.all_turns])
-def test_a_batch_is_a_function_of_seed_and_step(images, task):
+def test_R7_a_batch_is_a_function_of_seed_and_step(images, task):
     def stream(seed):
         return batches.train_batches(images, task, 8, 40, seed=seed)
 
@@ -42,7 +42,7 @@ def test_a_batch_is_a_function_of_seed_and_step(images, task):
     assert (stream(1)[17]["image"] != stream(2)[17]["image"]).any()
 
 
-def test_what_happens_to_an_image_does_not_depend_on_the_batch_size(images):
+def test_R8_what_happens_to_an_image_does_not_depend_on_the_batch_size(images):
     small = batches.train_batches(images, tasks.random_turn, 6, 80, seed=5)
     large = batches.train_batches(images, tasks.random_turn, 24, 20, seed=5)
     for key in ("image", "label"):
@@ -65,7 +65,7 @@ def test_crops_are_windows_of_the_padded_image_mirrored_half_of_the_time(images)
     assert {windows[image.tobytes()][2] for t in range(4) for image in plain[t]["image"]} == {1}
 
 
-def test_turns_are_right_and_equally_likely(images):
+def test_R7_turns_are_right_and_equally_likely(images):
     upright = batches.train_batches(images, tasks.classify, 48, 50, seed=0)
     turned = batches.train_batches(images, tasks.random_turn, 48, 50, seed=0)
     for t in range(50):

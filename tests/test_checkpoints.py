@@ -3,9 +3,11 @@
 import gc
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import jax
@@ -46,14 +48,14 @@ def files(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def test_the_newest_two_are_kept_and_the_newest_restored(tmp_path, notes):
+def test_C12_the_newest_two_are_kept_and_the_newest_restored(tmp_path, notes):
     saved(tmp_path, 1, 2, 30)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "2.json", "30", "30.json"]
     equal(restored(tmp_path), state(30, 30))
     assert notes == []
 
 
-def test_a_step_that_is_saved_is_not_saved_again(tmp_path):
+def test_C6_a_step_that_is_saved_is_not_saved_again(tmp_path):
     saved(tmp_path, 5)
     before = {path: path.stat().st_mtime_ns for path in files(tmp_path)}
     saved(tmp_path, 5)
@@ -259,6 +261,42 @@ def test_C7_other_shapes_and_names_are_refused_in_a_line(tmp_path):
         checkpoints.restore(tmp_path, 1, other)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
     del caught
+    gc.collect()
+
+
+def relist(directory, step):
+    """Lists the files of a step as they are: a forger would."""
+    folder = directory / str(step)
+    listed = {path: checkpoints._digest(folder / path) for path in checkpoints._files(folder)}
+    (directory / f"{step}.json").write_text(json.dumps(listed))
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+@pytest.mark.parametrize("lie", ["shape", "names", "keys", "pickle"])
+def test_C14_content_that_lies_neither_allocates_nor_runs(tmp_path, lie):
+    saved(tmp_path, 1)
+    metadata, canary = tmp_path / "1" / "backbone" / "_METADATA", tmp_path / "canary"
+    known = json.loads(metadata.read_text())
+    tree = known["tree_metadata"]
+    if lie == "shape":
+        metadata.write_text(metadata.read_text().replace("300", str(2**60)))
+    elif lie == "names":
+        tree.update({key.replace("kernel", "../../../kernel"): value for key, value in list(tree.items())})
+        metadata.write_text(json.dumps(known))
+    elif lie == "keys":
+        value = next(iter(tree.values()))
+        tree.update({f"('params', '{number}')": value for number in range(100_000)})
+        metadata.write_text(json.dumps(known))
+    else:
+        forged = b"cposix\nsystem\n(S'touch " + bytes(canary) + b"'\ntR."
+        for path in files(tmp_path / "1"):
+            path.write_bytes(forged)
+    relist(tmp_path, 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with suppress(CheckpointError):
+        equal(checkpoints.restore(tmp_path, 1, state(0)), state(1, 1))
+    assert not canary.exists() and {path.name for path in tmp_path.iterdir()} == {"1", "1.json"}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
     gc.collect()
 
 

@@ -1,12 +1,16 @@
 """The commands as a person calls them: what they leave behind, and what they refuse, with which exit code."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import rotjax
 from experiments import command, figures
@@ -102,7 +106,7 @@ USAGE = [
 
 
 @pytest.mark.parametrize(("words", "named"), USAGE, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
-def test_bad_usage_is_refused_with_2_and_leaves_nothing(call, tmp_path, words, named):
+def test_U1_bad_usage_is_refused_with_2_and_leaves_nothing(call, tmp_path, words, named):
     dataset = [] if any("dataset" in word for word in words) else ["--dataset=digits"]
     code, out, err = call("rotation", *dataset, *words)
     assert code == 2
@@ -111,14 +115,14 @@ def test_bad_usage_is_refused_with_2_and_leaves_nothing(call, tmp_path, words, n
 
 
 @pytest.mark.parametrize("words", [["--subset=0"], ["--subset=999"], ["--trainable=stage4"], ["--frozen_statistics=maybe"]])
-def test_bad_usage_of_the_classification_is_refused_with_2(call, tmp_path, words):
+def test_U1_bad_usage_of_the_classification_is_refused_with_2(call, tmp_path, words):
     code, out, err = call("classification", "--dataset=digits", *words)
     assert code == 2 and words[0].split("=")[0].strip("-") in out + err
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["cifar10", "imagenette", "svhn_cropped"])
-def test_data_that_is_not_prepared_is_3_with_the_command_to_run(call, tmp_path, name):
+def test_D1_data_that_is_not_prepared_is_3_with_the_command_to_run(call, tmp_path, name):
     code, out, err = call("rotation", f"--dataset={name}")
     assert code == 3 and out == ""
     assert len(err.splitlines()) == 1 and len(err) < 500
@@ -134,6 +138,42 @@ def test_a_pretrained_run_that_is_not_there_is_4(call, tmp_path):
     code, _, err = call("classification", "--dataset=digits", "--pretrained=empty")
     assert code == 4 and "no recipe.json" in err
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_F5_a_folder_of_programs_that_others_can_write_is_not_used(monkeypatch, tmp_path, notes):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "rotjax" / "compiled"
+    before = jax.config.jax_compilation_cache_dir
+    folder.mkdir(parents=True, mode=0o700)
+    folder.chmod(0o777)
+    command.cache_compilations()
+    assert notes == [f"no compilation cache: {folder} can be written by others"]
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+BAD = {
+    "backbone": st.sampled_from(["resnet", "", "RESNET18", "../resnet18"]),
+    "stem": st.sampled_from(["none", "", "7"]),
+    "dtype": st.sampled_from(["float16", "", "64"]),
+    "rotations": st.sampled_from(["some", "", "4"]),
+    **dict.fromkeys(
+        ("epochs", "max_steps", "batch_size", "decay_epochs", "image_size", "log_steps"), st.integers(max_value=0)
+    ),
+    **dict.fromkeys(("learning_rate",), st.floats(max_value=0) | st.sampled_from([math.nan, math.inf])),
+    **dict.fromkeys(("weight_decay", "checkpoint_seconds"), st.floats(max_value=-1e-30) | st.just(math.nan)),
+    "seed": st.integers(max_value=-1) | st.integers(min_value=2**32),
+    "width": st.integers(max_value=1),
+}
+
+
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(flag=st.sampled_from(sorted(BAD)), data=st.data())
+def test_U1_every_bad_value_of_every_flag_names_the_flag_and_leaves_nothing(call, tmp_path, flag, data):
+    value = data.draw(BAD[flag] | st.sampled_from(["abc", "1e", "--"]))
+    code, out, err = call("rotation", "--dataset=digits", f"--{flag}={value}")
+    assert code == 2 and flag in out + err and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_says_the_defaults_of_the_report_and_of_the_data_sets(call):

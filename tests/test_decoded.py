@@ -87,7 +87,7 @@ def test_key_depends_on_every_fact():
         lambda folder: (folder / "metadata.json").write_text('{"count": 5, "dropped": 1}'),
     ],
 )
-def test_damage_is_noticed_and_mended(home, damage, notes):
+def test_D4_damage_is_noticed_and_mended(home, damage, notes):
     check(decoded(KEY, 6, SIZE, records()))
     damage(home / KEY)
     notes.clear()
@@ -97,7 +97,7 @@ def test_damage_is_noticed_and_mended(home, damage, notes):
     assert names(home) == [KEY]
 
 
-def test_killed_while_decoding(home, notes):
+def test_D4_killed_while_decoding(home, notes):
     """Another process decodes, this one waits for it, it is killed: this one decodes, and nothing is left of the other."""
     program = f"""
 import os, sys, threading, time, numpy as np
@@ -128,7 +128,7 @@ for key in sys.argv[1:]:
     assert names(home) == [KEY]
 
 
-def test_two_at_once_decode_once():
+def test_D4_two_at_once_decode_once():
     both, asked = threading.Barrier(2), []
 
     def counted():
@@ -176,7 +176,7 @@ def test_disk_that_fills_up(home):
     assert names(home) == []
 
 
-def test_no_cache_folder(tmp_path, monkeypatch, notes):
+def test_F4_no_cache_folder(tmp_path, monkeypatch, notes):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     for _ in range(2):

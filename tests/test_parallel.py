@@ -36,7 +36,7 @@ print(json.dumps([[worst(a, b) for a, b in zip(results[0], other, strict=True)] 
 """
 
 
-def test_loss_gradients_and_statistics_of_a_first_step_agree_on_1_2_and_4_devices():
+def test_P1_loss_gradients_and_statistics_of_a_first_step_agree_on_1_2_and_4_devices():
     environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
     done = subprocess.run([sys.executable, "-c", FIRST_STEP], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -46,7 +46,7 @@ def test_loss_gradients_and_statistics_of_a_first_step_agree_on_1_2_and_4_device
         assert statistics < 1e-5
 
 
-def test_a_batch_that_devices_cannot_share_is_refused_with_the_nearest_that_they_can():
+def test_P4_a_batch_that_devices_cannot_share_is_refused_with_the_nearest_that_they_can():
     class Four:
         size = 4
 

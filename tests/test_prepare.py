@@ -144,7 +144,7 @@ def test_what_is_prepared_otherwise_is_refused(tmp_path, cifar10_file):
 
 
 @pytest.mark.parametrize("last", ["shuffle.Shuffler.add", "dataset_info.DatasetInfo.write_to_directory"])
-def test_killed_and_run_again(tmp_path, cifar10_file, last):
+def test_D7_killed_and_run_again(tmp_path, cifar10_file, last):
     """SIGKILL with the first example, and with everything written but not yet in its place."""
     archive = described(cifar10_file)
     script = (
@@ -383,7 +383,7 @@ def test_no_server(tmp_path):
         prepare.prepare("cifar10", tmp_path, archive=Archive(url, 1, ""))
 
 
-def test_silent_server(tmp_path, monkeypatch):
+def test_D1_silent_server(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "TIMEOUT", 0.2)
     with closing(socket.create_server(("127.0.0.1", 0))) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/a.tgz"
@@ -446,7 +446,7 @@ def test_errors_of_the_command(tmp_path, monkeypatch, capsys, flags, code, expec
         assert len(err.splitlines()) == 1
 
 
-def test_interrupted(request, tmp_path, monkeypatch, capsys, cifar10_file):
+def test_R3_interrupted(request, tmp_path, monkeypatch, capsys, cifar10_file):
     def interrupt(*_):
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -1,6 +1,7 @@
 """Sets that TFDS has written as array_record, here into a temporary folder, become arrays or an error in one line."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -268,15 +269,11 @@ DAMAGE = {
         lambda folder: (folder / "label.labels.txt").write_text("cat\n"),
         "label.labels.txt has 1 names for 2 classes",
     ),
-    "tfrecord": (
-        lambda folder: rewrite(folder / "dataset_info.json", "array_record", "tfrecord"),
-        "is prepared as tfrecord, which",
-    ),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage(tmp_path, tiny, kind):
+def test_D3_damage(tmp_path, tiny, kind):
     damage, expected = DAMAGE[kind]
     damage(tiny)
     with pytest.raises(DataError) as caught:
@@ -285,7 +282,14 @@ def test_damage(tmp_path, tiny, kind):
     assert f"remove {tiny} and prepare it again" in str(caught.value)
 
 
-def test_damage_is_found_in_its_shard(tmp_path):
+def test_D2_a_set_of_tfrecords_is_refused(tmp_path, tiny):
+    rewrite(tiny / "dataset_info.json", "array_record", "tfrecord")
+    remedy = f"is prepared as tfrecord, which takes TensorFlow to read; remove {tiny} and prepare it again as array_record"
+    with pytest.raises(DataError, match=re.escape(remedy)):
+        prepared.load("tiny", 8, tmp_path)
+
+
+def test_D3_damage_is_found_in_its_shard(tmp_path):
     folder = Path(write(tmp_path, {"train": pictures(9), "test": pictures(3)}, shards=3))
     shard = folder / "tiny-train.array_record-00001-of-00003"
     os.truncate(shard, 0)
@@ -300,7 +304,7 @@ def test_image_that_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("label", [2, -1])
-def test_label_out_of_range(tmp_path, label):
+def test_D5_label_out_of_range(tmp_path, label):
     examples = pictures(3)
     examples[2] = (examples[2][0], label)
     folder = Path(write(tmp_path, {"train": pictures(2), "test": examples}, label=("cat", "dog", "cow")))

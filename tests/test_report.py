@@ -187,7 +187,7 @@ def test_next_step_without_classes(tmp_path):
     assert "--dataset=FOLDER" in report.next_step(tmp_path, plan(rotjax.Rotation, classes=()))
 
 
-def test_say_survives_its_reader_and_its_encoding():
+def test_F4_say_survives_its_reader_and_its_encoding():
     program = (
         "import sys; from experiments.report import say; [say('90\\u00b0' + 99 * '-') for _ in range(999)]; sys.exit(7)"
     )

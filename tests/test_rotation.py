@@ -13,7 +13,7 @@ def pictures(size, count=4, seed=0):
 
 @given(size=st.integers(1, 9), seed=st.integers(0, 99), data=st.data())
 @settings(max_examples=50, deadline=None)
-def test_every_image_is_turned_as_rot90_turns_it(size, seed, data):
+def test_R9_every_image_is_turned_as_rot90_turns_it(size, seed, data):
     images = pictures(size, seed=seed)
     turns = np.array(data.draw(st.lists(st.integers(0, 3), min_size=4, max_size=4)))
     expected = [np.rot90(image, k) for image, k in zip(images, turns, strict=True)]

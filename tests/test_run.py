@@ -63,14 +63,14 @@ def test_a_run_leaves_its_recipe_metrics_and_summary(pretrained, data):
     assert (predicted == turns).mean() == pytest.approx(final["rotation_accuracy"])
 
 
-def test_a_finished_run_says_so_and_changes_nothing(pretrained, data, notes):
+def test_R5_a_finished_run_says_so_and_changes_nothing(pretrained, data, notes):
     before = {path: path.read_bytes() for path in pretrained.rglob("*") if path.is_file() and path.name != ".lock"}
     rows = carry_out(rotjax.Rotation(**SMALL), data, pretrained)
     assert rows == [] and "already complete at step 12" in notes
     assert before == {path: path.read_bytes() for path in pretrained.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(pretrained, data, tmp_path):
+def test_R3_a_stopped_run_goes_on_to_the_same_bits(pretrained, data, tmp_path):
     plan = rotjax.plan(rotjax.Rotation(**SMALL), data=data)
     with pytest.raises(Stopped, match="stopped at step . of 12.*the same command goes on"):
         for row in rotjax.train(plan, tmp_path / "run", log_steps=2):
@@ -158,40 +158,74 @@ import sys, numpy as np, rotjax
 rng = np.random.default_rng(0)
 def arrays(n): return {"image": rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8), "label": np.zeros(n, np.int32)}
 data = rotjax.Dataset("noise", ("a",), arrays(64), arrays(8))
-recipe = rotjax.Rotation(stem="cifar", width=4, batch_size=8, epochs=6)
-for row in rotjax.train(rotjax.plan(recipe, data=data), sys.argv[1], log_steps=3, checkpoint_seconds=0.0):
+recipe = rotjax.Rotation(stem="cifar", width=4, batch_size=8, epochs=12)
+for row in rotjax.train(rotjax.plan(recipe, data=data), sys.argv[1], log_steps=3, checkpoint_seconds=float(sys.argv[2])):
     print(row["step"], flush=True)
 """
 
 
-def test_a_run_killed_at_any_point_ends_with_the_same_bits(tmp_path):
-    def start(workdir):
-        return subprocess.Popen([sys.executable, "-c", KILLED, str(workdir)], stdout=subprocess.PIPE, text=True)
+def start(workdir, checkpoint_seconds=0.0):
+    words = [sys.executable, "-c", KILLED, str(workdir), str(checkpoint_seconds)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
 
-    with start(tmp_path / "whole") as whole:
-        whole.communicate()
+
+def same(one, other):
+    """Whether two runs left the same metrics and the same bits, the optimizer's too."""
+    assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+    states = []
+    for workdir in (one, other):
+        plan = rotjax.planning.Plan(rotjax.workdirs.read_recipe(workdir), None, None, 8, 96)
+        _, _, state = rotjax.run._build(plan)
+        states.append(rotjax.checkpoints.restore(workdir / "checkpoints", 96, state))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody disturbs, which saves only at its end."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    with start(workdir, 1e9) as process:
+        process.communicate()
+    assert process.returncode == 0
+    return workdir
+
+
+def test_R1_a_run_killed_at_any_point_ends_with_the_same_bits(whole, tmp_path):
     seed = int(time.time())
     print("seed", seed)
     rng = np.random.default_rng(seed)
-    for _ in range(2):
-        target = rng.integers(3, 44)
+    for _ in range(20):
         with start(tmp_path / "killed") as process:
-            for line in process.stdout:
-                if int(line) >= target:
-                    time.sleep(rng.uniform(0, 0.05))
-                    process.kill()
-                    break
+            for _ in range(rng.integers(1, 4)):
+                process.stdout.readline()
+            time.sleep(rng.uniform(0, 0.05))
+            process.kill()
     with start(tmp_path / "killed") as last:
         last.communicate()
     assert last.returncode == 0
-    assert summary(tmp_path / "killed")["resumed_from"]
-    assert (tmp_path / "killed/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
-    for a, b in zip(arrays(tmp_path / "killed"), arrays(tmp_path / "whole"), strict=True):
+    same(tmp_path / "killed", whole)
+
+
+def test_R6_two_processes_end_with_the_same_bits(whole, tmp_path):
+    with start(tmp_path / "again", 1e9) as process:
+        process.communicate()
+    same(tmp_path / "again", whole)
+
+
+def test_R11_another_cadence_changes_no_bit(pretrained, data, tmp_path):
+    plan = rotjax.plan(rotjax.Rotation(**SMALL), data=data)
+    for options in (dict(checkpoint_seconds=0.0, log_steps=1), dict(checkpoint_seconds=1e9, log_steps=5)):
+        rows = rotjax.train(plan, tmp_path / "run", **options)
+        for row in rows:
+            if row["step"] == 4 and options["log_steps"] == 1:
+                rows.close()
+                break
+    for a, b in zip(arrays(tmp_path / "run"), arrays(pretrained), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("trainable", ["head", "last_block"])
-def test_what_is_frozen_stays_as_the_pretrained_run_left_it(pretrained, data, tmp_path, trainable, notes):
+def test_R14_what_is_frozen_stays_as_the_pretrained_run_left_it(pretrained, data, tmp_path, trainable, notes):
     recipe = rotjax.Classification(pretrained=str(pretrained), trainable=trainable, batch_size=8, epochs=1)
     rows = carry_out(recipe, data, tmp_path / "run")
     assert any("taken from rotation-noise-resnet18" in note and "new: the head" in note for note in notes)
@@ -238,7 +272,7 @@ def test_the_mean_and_std_of_the_pixels_travel_with_the_backbone(data, tmp_path)
         (dict(learning_rate=float("nan")), UsageError, "--learning_rate=nan"),
     ],
 )
-def test_a_contradiction_is_refused_while_planning(pretrained, data, options, error, message):
+def test_C8_a_contradiction_is_refused_while_planning(pretrained, data, options, error, message):
     with pytest.raises(error, match=message):
         rotjax.plan(rotjax.Classification(pretrained=str(pretrained), **(dict(batch_size=8) | options)), data=data)
 
@@ -256,12 +290,16 @@ def test_a_pretrained_run_that_is_not_there_is_refused(data, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(rotjax.recipe.to_json(recipe)))
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         plan(tmp_path)
-    (tmp_path / "recipe.json").write_text(json.dumps(rotjax.recipe.to_json(recipe) | {"schema": 99}))
-    with pytest.raises(CheckpointError, match="newer rotjax"):
-        plan(tmp_path)
 
 
-def test_a_recipe_survives_its_json_and_an_older_one_is_completed(data):
+def test_C10_a_recipe_of_a_later_rotjax_is_refused(data):
+    values = rotjax.recipe.to_json(rotjax.plan(rotjax.Rotation(**SMALL), data=data).recipe)
+    for later in ({"schema": 99}, {"colour": "blue"}):
+        with pytest.raises(CheckpointError, match="here was written by a newer rotjax"):
+            rotjax.recipe.from_json(values | later, "here")
+
+
+def test_C9_a_recipe_survives_its_json_and_an_older_one_is_completed(data):
     recipe = rotjax.plan(rotjax.Classification(subset=3, **SMALL), data=data).recipe
     values = json.loads(json.dumps(rotjax.recipe.to_json(recipe)))
     assert rotjax.recipe.from_json(values, "here") == recipe
@@ -269,9 +307,12 @@ def test_a_recipe_survives_its_json_and_an_older_one_is_completed(data):
     assert rotjax.recipe.from_json(values, "here") == recipe
 
 
-def test_a_workdir_of_another_recipe_or_of_something_else_is_refused(pretrained, data, tmp_path):
+def test_C7_a_workdir_of_another_recipe_is_refused(pretrained, data):
     with pytest.raises(UsageError, match=r"holds another run \(seed 1 -> 2\)"):
         carry_out(rotjax.Rotation(**(SMALL | {"seed": 2})), data, pretrained)
+
+
+def test_F2_a_folder_of_something_else_is_refused(data, tmp_path):
     (tmp_path / "photo.jpg").write_text("precious")
     with pytest.raises(UsageError, match="not empty and holds no run"):
         carry_out(rotjax.Rotation(**SMALL), data, tmp_path)
@@ -280,13 +321,43 @@ def test_a_workdir_of_another_recipe_or_of_something_else_is_refused(pretrained,
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
 
 
-def test_a_workdir_in_use_is_refused(pretrained, data):
+def test_F1_a_workdir_in_use_is_refused(pretrained, data):
     plan = rotjax.plan(rotjax.Rotation(**SMALL), data=data)
     with (
         rotjax.workdirs.claimed(pretrained, plan.recipe, plan.data),
         pytest.raises(InUseError, match=f"in use by process {os.getpid()}"),
     ):
         list(rotjax.train(plan, pretrained))
+
+
+def test_F1_the_lock_of_a_process_that_died_is_taken_over(data, tmp_path):
+    carry_out(rotjax.Rotation(max_steps=2, **SMALL), data, tmp_path / "run")
+    (tmp_path / "run" / ".lock").write_text("process 1 on elsewhere\n")
+    (tmp_path / "run" / "summary.json").unlink()
+    carry_out(rotjax.Rotation(max_steps=2, **SMALL), data, tmp_path / "run")
+    assert summary(tmp_path / "run")["resumed_from"] == 2
+
+
+def test_F3_a_workdir_that_cannot_be_made_is_refused_before_anything_compiles(data, tmp_path, notes):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="file/run cannot be written"):
+        carry_out(rotjax.Rotation(**SMALL), data, tmp_path / "file" / "run")
+    assert notes == []
+
+
+def test_F3_a_workdir_that_is_moved_away_during_the_run_ends_it_in_a_line(data, tmp_path):
+    with pytest.raises(CheckpointError) as caught:
+        for row in rotjax.train(rotjax.plan(rotjax.Rotation(**SMALL), data=data), tmp_path / "run", checkpoint_seconds=0.0):
+            if row["step"] == 6:
+                (tmp_path / "run").rename(tmp_path / "elsewhere")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b/../..", ".", "..", "-rf", "a\0b", "x" * 300, "\u202e", "~/x/"])
+def test_U3_no_name_leads_out_of_the_folder_of_runs(name):
+    stem = rotjax.Rotation(dataset=name).resolved().name
+    assert Path("runs", stem).parent == Path("runs") and stem.startswith("rotation-") and len(stem) < 120
+    assert stem.isprintable() and "\0" not in stem
 
 
 def test_images_without_classes_are_enough_for_rotation_only(data):
@@ -308,13 +379,13 @@ def test_images_without_classes_are_enough_for_rotation_only(data):
         (np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 1, 2, 1]), "label 2 of image 2"),
     ],
 )
-def test_arrays_that_no_network_can_use_are_refused(image, label, message):
+def test_D5_arrays_that_no_network_can_use_are_refused(image, label, message):
     arrays = {"image": image, "label": label}
     with pytest.raises(DataError, match=message):
         rotjax.Dataset("mine", ("a", "b"), arrays, arrays)
 
 
-def test_loading_needs_only_the_workdir(pretrained, tmp_path):
+def test_C16_loading_needs_only_the_workdir(pretrained, tmp_path):
     moved = tmp_path / "moved"
     Path(pretrained).rename(moved)
     try:

@@ -192,7 +192,7 @@ def random_variables(name, stem="imagenet", width=8):
 
 @each_name
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
-def test_round_trip_of_our_variables(name, stem):
+def test_C15_round_trip_of_our_variables(name, stem):
     variables = random_variables(name, stem)
     exported = export_weights(name, variables)
     assert all(array.flags.c_contiguous and array.flags.writeable for array in exported.values())

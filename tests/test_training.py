@@ -165,7 +165,7 @@ def test_rows_come_at_log_steps_and_ends_of_epochs():
     assert int(last.step) == 7 and int(last.sums["count"]) == 16
 
 
-def test_a_loss_that_is_not_a_number_stops_the_training():
+def test_N1_a_loss_that_is_not_a_number_stops_the_training():
     model, optimizer = small(), rotjax.adamw(1e30)
     state = training.init_state(optimizer, training.init_variables(model, 0, 8))
     step = training.train_step(model, optimizer)
