@@ -16,10 +16,11 @@ def rotate(images: Array, turns: Array) -> Array:
     """Each of `images` `[B,H,H,C]` turned by its own entry of `turns` `[B]`; ValueError unless square."""
     xp = _namespace(images)
     turns = xp.asarray(turns) % 4
-    if isinstance(images, np.ndarray):  # three masked copies are ten times faster than three selections there
-        turned = images.copy()
-        for k in range(1, 4):
-            turned[turns == k] = np.rot90(images[turns == k], k, (1, 2))
+    if isinstance(images, np.ndarray):
+        turned = np.empty(images.shape, images.dtype)
+        views = [np.rot90(whole_pixels(images), k, (1, 2)) for k in range(4)]
+        for index, (target, turn) in enumerate(zip(whole_pixels(turned), turns.tolist(), strict=True)):
+            target[:] = views[turn][index]
         return turned
     turns = turns[:, None, None, None]
     images = xp.where(turns % 2 == 1, xp.swapaxes(images, 1, 2), images)
@@ -33,6 +34,12 @@ def all_turns(images: Array) -> tuple[Array, Array]:
     batch = images.shape[0]
     views = xp.stack([xp.rot90(images, k, (1, 2)) for k in range(4)], axis=1)
     return views.reshape(4 * batch, *images.shape[1:]), xp.tile(xp.arange(4, dtype=xp.int32), batch)
+
+
+def whole_pixels(images: np.ndarray) -> np.ndarray:
+    """`[B,H,W,C]` as `[B,H,W]` of one element a pixel, which NumPy copies at once and not channel by channel."""
+    images = np.ascontiguousarray(images)
+    return images.view(f"V{images.itemsize * images.shape[-1]}")[..., 0]
 
 
 def _namespace(images: Array) -> ModuleType:

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from rotjax.rotation import whole_pixels
+
 Array = Any  # np.ndarray or jax.Array
 
 
@@ -31,10 +33,13 @@ def _mix(x: Array) -> Array:
 
 def crop_and_flip(images: np.ndarray, rows: np.ndarray, columns: np.ndarray, flips: np.ndarray, padding: int) -> np.ndarray:
     """uint8 `[B,H,H,C]`, padded with black, cut out again at `rows` and `columns` `[B]`, mirrored where `flips`."""
-    size = images.shape[1]
-    padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    cropped = np.empty_like(images)
-    for target, source, row, column, flip in zip(cropped, padded, rows, columns, flips, strict=True):
+    count, size, _, channels = images.shape
+    padded = np.zeros((count, size + 2 * padding, size + 2 * padding, channels), np.uint8)
+    padded[:, padding : padding + size, padding : padding + size] = images
+    cropped = np.empty(images.shape, np.uint8)
+    pixels = zip(whole_pixels(cropped), whole_pixels(padded), strict=True)
+    places = zip(rows.tolist(), columns.tolist(), flips.tolist(), strict=True)
+    for (target, source), (row, column, flip) in zip(pixels, places, strict=True):
         window = source[row : row + size, column : column + size]
         target[:] = window[:, ::-1] if flip else window
     return cropped
