@@ -192,7 +192,9 @@ def _mistakes(workdir: Path, plan: Plan) -> Figure:
     apply: Callable[..., Any] = model.apply
     probabilities = jax.jit(lambda variables, images: jax.nn.softmax(apply(variables, images, train=False)))
     wrong = []  # probability of what was predicted, number of the image, and what to show of it
-    with closing(rotjax.read(rotjax.test_batches(plan.data.test, task, recipe.batch_size, seed=recipe.seed))) as reader:
+    epoch = -(-plan.steps // plan.epoch_steps)  # the turns of the final score
+    views = rotjax.test_batches(plan.data.test, task, recipe.batch_size, seed=recipe.seed, epoch=epoch)
+    with closing(rotjax.read(views)) as reader:
         for batch in reader:
             given = np.asarray(probabilities(variables, batch["image"]))
             predicted = given.argmax(-1)
@@ -201,7 +203,8 @@ def _mistakes(workdir: Path, plan: Plan) -> Figure:
     count, worst = len(wrong), sorted(wrong, reverse=True)[:SHOWN]
     _, _, images, true, predicted = zip(*worst, strict=True) if worst else ((),) * 5
     title = f"Most surely mistaken {_what(recipe)}: {len(worst)} of {count:,}"
-    caption = f"{_data(recipe)}: of the {len(plan.data.test['label']):,} test images"
+    turned = ", each on one random turn" if recipe.job == "rotation" else ""
+    caption = f"{_data(recipe)}: of the {len(plan.data.test['label']):,} test images{turned}, the surest first"
     return predictions(np.array(images), np.array(true), np.array(predicted), recipe.classes, title, caption)
 
 

@@ -158,7 +158,8 @@ def next_step(workdir: Path, plan: Plan, data_dir: Path | None = None) -> str:
     """The command or the line of Python that makes use of the run in `workdir`."""
     if plan.recipe.job == "classification":
         return f'use it in Python:\n  model, variables, recipe = rotjax.load("{workdir}")'
-    dataset = plan.recipe.dataset if plan.data.classes else "FOLDER_WITH_A_FOLDER_PER_CLASS"
+    dataset = plan.recipe.dataset if len(plan.data.classes) > 1 else "FOLDER_WITH_A_FOLDER_PER_CLASS"
     flags = {"pretrained": workdir, "dataset": dataset} | ({"data_dir": data_dir} if data_dir else {})
     words = " ".join(f"--{name}={shlex.quote(str(value))}" for name, value in flags.items())
-    return f"next, learn classes from it:\n  python -m experiments.classification {words}"
+    launcher = "uv run " if "UV" in os.environ else ""  # which uv sets for what it runs
+    return f"next, learn classes from it:\n  {launcher}python -m experiments.classification {words}"

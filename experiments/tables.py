@@ -3,9 +3,10 @@
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 
 import matplotlib.style
 import numpy as np
@@ -38,7 +39,7 @@ def write(folder: Path) -> None:
     results = load(folder)
     for name, make in FIGURES.items():
         _draw(folder / name, make, results)
-    (folder / "README.md").write_text(readme(results, sorted(path.name for path in folder.glob("*.png"))))
+    (folder / "README.md").write_text(readme(results, sorted(path.name for path in folder.glob("*.png")), controls(folder)))
 
 
 def load(folder: Path) -> list[Result]:
@@ -50,13 +51,21 @@ def load(folder: Path) -> list[Result]:
     return sorted(results, key=lambda result: (*_group(result), result["seed"]))
 
 
+def controls(folder: Path) -> dict[str, float]:
+    """Test accuracy in % of each run that PyTorch has trained too, by name."""
+    paths = sorted((folder / "controls").glob("*.json"))
+    return {path.stem: 100 * json.loads(path.read_text())["summary"]["accuracy"] for path in paths}
+
+
 def accuracy(summary: dict) -> float:
     """The final test accuracy in %, of rotations on all four turns."""
     return 100 * (summary["rotation_accuracy"] if "rotation_accuracy" in summary else summary["accuracy"])
 
 
-def readme(results: Sequence[Result], pictures: Sequence[str] = ()) -> str:
-    """The page about `results`, with those `pictures`."""
+def readme(
+    results: Sequence[Result], pictures: Sequence[str] = (), torch: Mapping[str, float] = MappingProxyType({})
+) -> str:
+    """The page about `results`, with those `pictures`, and what `controls` by PyTorch say."""
     whole = [result for result in results if result["recipe"]["max_steps"] is None]
     trials = [result for result in results if result["recipe"]["max_steps"] is not None]
     known = {(run.row, run.variant, run.recipe.job): run for run in runs()}
@@ -71,6 +80,7 @@ def readme(results: Sequence[Result], pictures: Sequence[str] = ()) -> str:
             (_line(list(group), known) for _, group in groupby(main, _group)),
         ),
         *_data_notes(whole),
+        *_controls(whole, torch),
         "## The first epoch\n\nTest accuracy in % after one epoch of fine-tuning; the report has 64.69 and 40.66.",
         _table(
             ("row", "from", "report", "rotjax"),
@@ -218,6 +228,17 @@ def _scores(results: Sequence[Result], kind: str, count: int) -> list[float]:
 def _data_notes(results: Iterable[Result]) -> list[str]:
     notes = sorted({result["data_note"] for result in results if result.get("data_note")})
     return [f"Data: {'; '.join(notes)}."] if notes else []
+
+
+def _controls(results: Sequence[Result], torch: Mapping[str, float]) -> list[str]:
+    """PyTorch's accuracy beside ours of the same row and seed: what both share is not the port's doing."""
+    ours = {f"{_name(result)}-seed{result['seed']}": _score(result) for result in results}
+    lines = [(name, f"{ours[name]:.2f}", f"{score:.2f}") for name, score in torch.items() if name in ours]
+    title = (
+        "## Controls\n\nThe same row by PyTorch (`python -m experiments.control`), with torchvision's network, on the same "
+        "data and from the same weights: a difference from the report that both share is not the port's."
+    )
+    return [title, _table(("run", "rotjax", "PyTorch"), lines)] if lines else []
 
 
 def _table(header: Sequence[str], lines: Iterable[Sequence]) -> str:

@@ -143,6 +143,10 @@ def load_parts(directory: Path, step: int, abstract: dict) -> dict:
     try:
         parts = ocp.load_checkpointables(_absolute(directory / str(step)), jax.tree.map(_abstract, abstract))
     except Exception as error:  # of Orbax, TensorStore, json: whatever odd content leads to
+        cause: BaseException | None = error
+        while cause := cause.__cause__ or cause.__context__:
+            if isinstance(cause, KeyboardInterrupt):  # which Orbax takes for a fault of what it reads
+                raise KeyboardInterrupt from None
         raise CheckpointError(f"step {step} in {directory} cannot be loaded: {_first_line(error)}") from error
     if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(parts)):
         raise CheckpointError(f"step {step} in {directory} holds values that are not finite; begin anew in another workdir")

@@ -2,17 +2,20 @@
 
 import fcntl
 import json
+import logging
 import os
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rotjax.data.dataset import Dataset
 from rotjax.errors import CheckpointError, DataError, InUseError, UsageError
 from rotjax.recipe import Recipe, differences, from_json, to_json
+
+log = logging.getLogger(__name__)
 
 
 def read_recipe(workdir: Path) -> Recipe:
@@ -75,6 +78,8 @@ def metrics(workdir: Path, step: int) -> Iterator[tuple[list[dict], Callable[[di
         file = open(path, "a")  # noqa: SIM115
 
     def write(row: dict) -> None:
+        if not path.exists():  # the open file would go on taking rows that nobody finds
+            raise CheckpointError(f"{path} is gone; bring {workdir} back, then the same command goes on")
         with _writing(workdir):
             print(json.dumps(row), file=file, flush=True)
 
@@ -95,6 +100,8 @@ def signals() -> Iterator[threading.Event]:
         event.set()
         for kind in kinds:
             signal.signal(kind, signal.SIG_DFL)
+        with suppress(RuntimeError):  # where the signal came in the middle of another line
+            log.warning("stopping as soon as what is under way is done and saved; a second signal stops at once")
 
     before = {kind: signal.signal(kind, stop) for kind in kinds}
     try:

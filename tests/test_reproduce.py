@@ -28,7 +28,10 @@ def small(monkeypatch, tmp_path):
 def test_the_committed_tables_are_made_from_the_committed_results():
     results = tables.load(tables.RESULTS)
     pictures = [path.name for path in tables.RESULTS.glob("*.png")]
-    assert results and tables.readme(results, pictures) == (tables.RESULTS / "README.md").read_text()
+    assert (
+        results
+        and tables.readme(results, pictures, tables.controls(tables.RESULTS)) == (tables.RESULTS / "README.md").read_text()
+    )
 
 
 def test_every_row_of_the_report_is_there_and_starts_from_an_earlier_one():

@@ -81,7 +81,7 @@ def _check(folder: Path, classes: tuple[str, ...], train: Arrays, test: Arrays, 
             if part is train or not held_out:
                 raise DataError(f"{_shown(folder)} has {line}; add some or remove the folder")
             log.warning(line)
-    kinds = f"{len(classes)} classes ({_few(classes)})" if classes else "no classes"
+    kinds = f"{len(classes)} class{'es' * (len(classes) != 1)} ({_few(classes)})" if classes else "no classes"
     split = f", a tenth{' of each class' if classes else ''} held out by file name whatever the seed" if held_out else ""
     log.info(f"{counts[0]:,} images to train on, {counts[1]:,} to test on{split}; {kinds}")
 
