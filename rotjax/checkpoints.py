@@ -154,8 +154,8 @@ def load_parts(directory: Path, step: int, abstract: dict) -> dict:
 
 
 def _first_line(error: BaseException) -> str:
-    """What `error` says, up to 160 characters of its first line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    """What `error` says, up to 100 characters of its first line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
 
 
 def _finish(directory: Path, step: int, response: ocp.AsyncResponse) -> None:
