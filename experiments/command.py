@@ -29,13 +29,17 @@ def default(words: str):
     return tyro.conf.arg(help_behavior_hint=f"(default: {words})" if words else "")
 
 
+DataDir = Annotated[Path | None, default("$TFDS_DATA_DIR, else ~/tensorflow_datasets")]
+ResultsDir = Annotated[Path, default("experiments/results of the clone")]
+
+
 @dataclass(frozen=True)
 class Execution:
     """How a run is carried out, which changes nothing in its weights."""
 
     workdir: Annotated[Path | None, default("runs/<job>-<dataset>-<backbone>-<hash of the recipe>")] = None
     """Folder of the run; the same command goes on with what is there."""
-    data_dir: Annotated[Path | None, default("$TFDS_DATA_DIR, else ~/tensorflow_datasets")] = None
+    data_dir: DataDir = None
     """Folder of data sets prepared for TFDS."""
     log_steps: int = 50
     """Steps between rows of metrics.jsonl."""
@@ -50,9 +54,14 @@ def main(kind: type[rotjax.Recipe]) -> int:
         return guarded(lambda: run(kind(**dataclasses.asdict(recipe)), execution))
 
     command.__annotations__["recipe"] = flags(kind)
+    return cli(command, kind.job, kind.__doc__)
+
+
+def cli(command, name: str, description: str | None = None) -> int:
+    """Calls `command` with the flags of `python -m experiments.<name>`, which are its parameters; returns the exit code."""
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
-    prog = f"python -m experiments.{kind.job}"
-    return tyro.cli(command, prog=prog, description=kind.__doc__, config=config, use_underscores=True)
+    prog = f"python -m experiments.{name}"
+    return tyro.cli(command, prog=prog, description=description, config=config, use_underscores=True)
 
 
 def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
@@ -67,7 +76,7 @@ def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
             words += ["the pretrained network's"] if name in NETWORK and kind is rotjax.Classification else []
             annotations[name] = Annotated[hint | None, default("; ".join(words))]
     body: dict[str, Any] = {name: getattr(kind, name) for name in annotations}
-    body |= {"__annotations__": annotations, "__doc__": kind.__doc__}
+    body |= {"__annotations__": annotations, "__doc__": "What is trained: the same recipe gives the same weights."}
     shown: Any = type(kind.__name__, (kind,), body)
     return dataclass(frozen=True)(shown)
 

@@ -8,13 +8,13 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
 
 import rotjax
 from experiments import command, tables
+from experiments.outcomes import RESULTS
 from experiments.report import say
 from experiments.rows import Run, runs
 from rotjax.data import sources
@@ -32,8 +32,8 @@ def main() -> int:
     def control(
         run: str,
         workdirs: Path = Path("runs/reproduce"),
-        results: Annotated[Path, command.default("experiments/results of the clone")] = tables.RESULTS,
-        data_dir: Path | None = None,
+        results: command.ResultsDir = RESULTS,
+        data_dir: command.DataDir = None,
     ) -> int:
         """Train a run of the report by PyTorch.
 
@@ -45,8 +45,7 @@ def main() -> int:
         """
         return command.guarded(lambda: carry_out(run, workdirs, results, data_dir))
 
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
-    return tyro.cli(control, prog="python -m experiments.control", config=config, use_underscores=True)
+    return command.cli(control, "control")
 
 
 def networks() -> Any:

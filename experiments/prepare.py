@@ -20,7 +20,7 @@ from PIL import Image
 from tensorflow_datasets.core import shuffle
 
 from experiments.archives import Archive, catalogued, fetch, lacking, verify
-from experiments.command import guarded
+from experiments.command import DataDir, cli, guarded
 from experiments.report import say
 from rotjax.data import prepared
 from rotjax.errors import DataError, InUseError, UsageError
@@ -43,7 +43,7 @@ def main() -> int:
     def command(
         dataset: tyro.conf.Positional[Literal["cifar10", "imagenette"]],
         archive: Path | None = None,
-        data_dir: Path | None = None,
+        data_dir: DataDir = None,
         image_size: int | None = None,
     ) -> int:
         """Prepare a data set for TFDS's reader, without TensorFlow: download, check, convert. Run it again to go on.
@@ -51,13 +51,12 @@ def main() -> int:
         Args:
             dataset: Which.
             archive: The data set's archive if it is on disk already; downloaded if not given.
-            data_dir: TFDS's folder of prepared data sets; $TFDS_DATA_DIR or ~/tensorflow_datasets if not given.
+            data_dir: TFDS's folder of prepared data sets.
             image_size: Imagenette comes in three sizes: the least with so many pixels, 160 if not given.
         """
         return guarded(lambda: run(dataset, archive, data_dir, image_size))
 
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
-    return tyro.cli(command, prog="python -m experiments.prepare", config=config, use_underscores=True)
+    return cli(command, "prepare")
 
 
 def run(dataset: str, archive: Path | None, data_dir: Path | None, image_size: int | None) -> None:

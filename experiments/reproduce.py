@@ -8,11 +8,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from experiments import command, tables
+from experiments.outcomes import RESULTS, accuracy
 from experiments.report import say
 from experiments.rows import ROWS, Run, runs, shortened
 from rotjax.errors import UsageError
@@ -38,9 +36,9 @@ class Settings:
     """Stop every run after so many steps: a trial, which the tables keep apart."""
     workdirs: Path = Path("runs/reproduce")
     """Folder of the workdirs: what is complete there is done, what was interrupted goes on."""
-    results: Annotated[Path, command.default("experiments/results of the clone")] = tables.RESULTS
+    results: command.ResultsDir = RESULTS
     """Folder of the results: a JSON and a metrics file for every run, the tables and figures made from them."""
-    data_dir: Annotated[Path | None, command.default("$TFDS_DATA_DIR, else ~/tensorflow_datasets")] = None
+    data_dir: command.DataDir = None
     """Folder of data sets prepared for TFDS."""
     data_note: str = ""
     """Stored with every result and said in the tables, such as that the images are a copy."""
@@ -53,8 +51,7 @@ def main() -> int:
         """Run every row of the report, or those asked for, and write the comparison. Run it again to go on."""
         return command.guarded(lambda: run(settings))
 
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
-    return tyro.cli(reproduce, prog="python -m experiments.reproduce", config=config, use_underscores=True)
+    return command.cli(reproduce, "reproduce")
 
 
 def run(settings: Settings) -> None:
@@ -127,7 +124,7 @@ def overview(asked: Sequence[Run], settings: Settings, running: Run | None = Non
         steps, total = progress(run, settings.workdirs)
         if done(run, settings):
             summary = json.loads((settings.workdirs / run.name / "summary.json").read_text())
-            state = f"{tables.accuracy(summary):.2f}%"
+            state = f"{accuracy(summary):.2f}%"
             speeds += [summary["images_per_second"] * cost(run)] if summary["images_per_second"] else []
         else:
             state = "running" if run is running else f"interrupted at step {steps}" if steps else "left"

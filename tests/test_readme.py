@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments import tables
+from experiments import outcomes
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,7 +19,13 @@ def test_every_number_of_the_table_is_that_of_a_committed_run():
     assert rows
     for accuracy, epochs, path in rows:
         summary = json.loads((ROOT / path).read_text())["summary"]
-        assert (accuracy, epochs) == (f"{tables.accuracy(summary):.2f}", str(summary["epochs"]))
+        assert (accuracy, epochs) == (f"{outcomes.accuracy(summary):.2f}", str(summary["epochs"]))
+
+
+def test_every_number_of_a_control_is_that_of_its_result():
+    text, scores = (ROOT / "README.md").read_text(), outcomes.controls(outcomes.RESULTS)
+    said = re.findall(r"([\d.]+) \(`python -m experiments.control --run=(\S+)`\)", text)
+    assert said and said == [(f"{scores[name]:.2f}", name) for _, name in said]
 
 
 def test_the_ten_lines_train_on_the_callers_own_arrays():

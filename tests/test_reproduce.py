@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import reproduce, tables
+from experiments import outcomes, reproduce, tables
 from experiments.rows import ROWS, Run, runs, shortened
 from rotjax.errors import UsageError
 from rotjax.recipe import Classification, Rotation
@@ -26,12 +26,9 @@ def small(monkeypatch, tmp_path):
 
 
 def test_the_committed_tables_are_made_from_the_committed_results():
-    results = tables.load(tables.RESULTS)
-    pictures = [path.name for path in tables.RESULTS.glob("*.png")]
-    assert (
-        results
-        and tables.readme(results, pictures, tables.controls(tables.RESULTS)) == (tables.RESULTS / "README.md").read_text()
-    )
+    results, folder = outcomes.load(outcomes.RESULTS), outcomes.RESULTS
+    pictures = [path.name for path in folder.glob("*.png")]
+    assert results and tables.readme(results, pictures, outcomes.controls(folder)) == (folder / "README.md").read_text()
 
 
 def test_every_row_of_the_report_is_there_and_starts_from_an_earlier_one():
@@ -103,8 +100,8 @@ def test_a_trial_is_told_from_the_run():
 def test_the_table_holds_the_mean_over_seeds_and_says_what_is_outside(tmp_path):
     results = []
     for seed, accuracy in enumerate((0.81, 0.83)):
-        (result,) = (r for r in tables.load(tables.RESULTS) if (r["row"], r["seed"]) == ("3a", 0))
-        results.append(result | {"seed": seed, "summary": result["summary"] | {"accuracy": accuracy}})
+        (result,) = (one for one in outcomes.load(outcomes.RESULTS) if (one.row, one.seed) == ("3a", 0))
+        results.append(dataclasses.replace(result, seed=seed, summary=result.summary | {"accuracy": accuracy}))
     line = next(line for line in tables.readme(results).splitlines() if line.startswith("| 3a"))
     assert "**82.00 ± 1.41** | 2 | -2.11 | 83.1 to 85.1, **outside**" in line
 

@@ -1,0 +1,80 @@
+"""What trained runs came to, as `experiments.reproduce` and `experiments.control` leave it among the results."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.rows import ROWS, WHOLE
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run's result: the fields of its JSON, and its rows of metrics that have a test accuracy as `epochs`."""
+
+    row: str
+    variant: str
+    task: str
+    seed: int
+    commit: str
+    data_note: str
+    recipe: dict[str, Any]
+    summary: dict[str, Any]
+    epochs: Sequence[dict[str, Any]] = ()
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What runs that differ in their seeds alone have in common."""
+        return self.row, self.variant, self.task
+
+    @property
+    def name(self) -> str:
+        """As the file that it comes from, `Run.name`."""
+        cut = "" if self.whole else f"first{self.recipe['max_steps']}"
+        return "-".join(filter(None, (*self.key, cut, f"seed{self.seed}")))
+
+    @property
+    def whole(self) -> bool:
+        """Whether it may stand beside the report's: it was not stopped early."""
+        return self.recipe["max_steps"] is None
+
+    @property
+    def score(self) -> float:
+        """The final test accuracy in %."""
+        return accuracy(self.summary)
+
+
+def load(folder: Path) -> list[Outcome]:
+    """Every outcome in `folder/runs`: in the order of rows, by variant, the pretext before what starts from it, by seed."""
+    outcomes = []
+    for path in (folder / "runs").glob("*.json"):
+        rows = map(json.loads, path.with_suffix(".jsonl").read_text().splitlines())
+        outcomes.append(Outcome(**json.loads(path.read_text()), epochs=[row for row in rows if "test_accuracy" in row]))
+    return sorted(outcomes, key=lambda one: (ROWS.index(one.row), one.variant, one.task != "rotation", one.seed))
+
+
+def controls(folder: Path) -> dict[str, float]:
+    """Test accuracy in % of each run that PyTorch has trained too, by name."""
+    paths = sorted((folder / "controls").glob("*.json"))
+    return {path.stem: accuracy(json.loads(path.read_text())["summary"]) for path in paths}
+
+
+def accuracy(summary: dict) -> float:
+    """The final test accuracy in %, of rotations on all four turns."""
+    return 100 * (summary["rotation_accuracy"] if "rotation_accuracy" in summary else summary["accuracy"])
+
+
+def mean(scores: Sequence[float]) -> str:
+    """Their mean and, from two on, their standard deviation."""
+    spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+    return f"{statistics.mean(scores):.2f}{spread}"
+
+
+def subset_scores(outcomes: Sequence[Outcome], kind: str, whole: str, count: int) -> list[float]:
+    """Accuracies of row 4's `kind` at `count` images per class; at all of them, those of the row `whole`."""
+    key = (whole, "") if count == WHOLE else ("4", f"{kind}-{count}")
+    return [one.score for one in outcomes if one.key[:2] == key]
