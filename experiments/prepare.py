@@ -1,7 +1,6 @@
 """`python -m experiments.prepare --help`"""
 
 import contextlib
-import fcntl
 import io
 import logging
 import shlex
@@ -23,7 +22,8 @@ from experiments.archives import Archive, catalogued, fetch, lacking, verify
 from experiments.command import DataDir, cli, guarded
 from experiments.report import say
 from rotjax.data import prepared
-from rotjax.errors import DataError, InUseError, UsageError
+from rotjax.errors import DataError, UsageError
+from rotjax.locks import held
 
 log = logging.getLogger("experiments.prepare")  # __name__ is "__main__" where it is run
 
@@ -95,7 +95,8 @@ def prepare(
     download = data_dir / "downloads" / archive.filename
     try:
         _check_space(data_dir, archive.size + (0 if file else lacking(archive, download)))
-        with _claimed(download.with_name(f"{archive.filename}.lock")):
+        download.parent.mkdir(parents=True, exist_ok=True)
+        with held(download.with_name(f"{archive.filename}.lock"), archive.filename):
             if not file:
                 fetch(archive, file := download)
                 log.info(f"{file} is there; once {name} is prepared it may be removed")
@@ -115,17 +116,6 @@ def _check_space(data_dir: Path, needed: int) -> None:
     if free < needed:
         sizes = f"{free / 1e6:,.0f} MB are free and {needed / 1e6:,.0f} MB needed"
         raise DataError(f"in {data_dir} {sizes}; make room or name another --data_dir")
-
-
-@contextlib.contextmanager
-def _claimed(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InUseError(f"another process is at work on the same archive ({path}); wait for it") from None
-        yield
 
 
 def _build(catalogue: Any, name: str, file: Path, data_dir: Path) -> None:

@@ -1,18 +1,16 @@
 """The folder of a run: whose it is, that one process works in it, its files, and the signals that end the work."""
 
-import fcntl
 import json
 import logging
-import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from rotjax.data.dataset import Dataset
-from rotjax.errors import CheckpointError, DataError, InUseError, UsageError
+from rotjax.errors import CheckpointError, DataError, UsageError
+from rotjax.locks import held
 from rotjax.recipe import Recipe, differences, from_json, to_json
 
 log = logging.getLogger(__name__)
@@ -42,25 +40,20 @@ def claimed(workdir: Path, recipe: Recipe, data: Dataset) -> Iterator[None]:
         saved = read_recipe(workdir)
         if saved != recipe:
             raise UsageError(f"{workdir} holds another run ({differences(saved, recipe)}); name another workdir")
-    elif workdir.exists() and (not workdir.is_dir() or any(p.name != ".lock" for p in workdir.iterdir())):
+    elif workdir.exists() and not workdir.is_dir():
+        raise UsageError(f"{workdir} is a file; name another workdir")
+    elif workdir.exists() and any(p.name != ".lock" for p in workdir.iterdir()):
         raise UsageError(f"{workdir} is not empty and holds no run; name another workdir")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("a+")
-    except OSError as error:
-        raise CheckpointError(f"{workdir} cannot be written ({error.strerror}); name another workdir") from error
-    with lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise InUseError(f"{workdir} is in use by {lock.read().strip() or 'another process'}; wait for it") from None
-        with _writing(workdir):
-            lock.truncate(0)
-            print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
-            if not path.exists():
-                write_json(path, to_json(recipe))
-            _same_data(workdir / "data.json", data)
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(workdir / ".lock", str(workdir)))
+        except OSError as error:
+            problem = error.strerror or str(error)
+            raise CheckpointError(f"{workdir} cannot be written ({problem}); name another workdir") from error
+        if not path.exists():
+            write_json(path, to_json(recipe))
+        _same_data(workdir / "data.json", data)
         yield
 
 

@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -124,7 +125,8 @@ for key in sys.argv[1:]:
             process.communicate()
         check(result.result(60))
     assert process.returncode == -signal.SIGKILL
-    assert notes[0] == "waiting for another process that decodes the same images" and "damaged" not in "".join(notes)
+    assert f"in use by process {process.pid} on {socket.gethostname()}; waiting" in notes[0]
+    assert "damaged" not in "".join(notes)
     assert names(home) == [KEY]
 
 

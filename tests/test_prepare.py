@@ -359,7 +359,7 @@ def test_wrong_checksum(tmp_path, cifar10_file):
         with pytest.raises(DataError, match=f"has the SHA-256 {server.archive.checksum}, expected {'0' * 64}; fetch"):
             prepare.prepare("cifar10", tmp_path, archive=archive)
     assert not (tmp_path / "cifar10").exists()
-    assert [path.name for path in (tmp_path / "downloads").iterdir()] == ["a.tgz.lock"]
+    assert not list((tmp_path / "downloads").iterdir())
 
 
 def test_another_file_at_the_url(tmp_path):

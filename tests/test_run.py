@@ -316,7 +316,7 @@ def test_F2_a_folder_of_something_else_is_refused(data, tmp_path):
     (tmp_path / "photo.jpg").write_text("precious")
     with pytest.raises(UsageError, match="not empty and holds no run"):
         carry_out(rotjax.Rotation(**SMALL), data, tmp_path)
-    with pytest.raises(UsageError, match="holds no run"):
+    with pytest.raises(UsageError, match="is a file; name another workdir"):
         carry_out(rotjax.Rotation(**SMALL), data, tmp_path / "photo.jpg")
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
 

@@ -1,21 +1,21 @@
 """Images decoded once: uint8 rows in a file that later runs map into memory, so that a large set needs little of it."""
 
-import fcntl
 import hashlib
 import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rotjax.data.batches import Arrays
-from rotjax.errors import DataError
+from rotjax.errors import DataError, InUseError
+from rotjax.locks import held
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def decoded(key: str, count: int, image_size: int, records: Iterable[Record]) ->
             if (stored := _read(folder, image_size)) is not None:
                 return stored
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            stack.enter_context(_claimed(folder.with_name(f"{key}.lock"), wait=True))
+            stack.enter_context(held(folder.with_name(f"{key}.lock"), f"the cache of {what}", wait=True))
         except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
             if needed >= IN_MEMORY:
                 raise DataError(
@@ -91,7 +91,7 @@ def _make_room(folder: Path, what: str, needed: int) -> None:
         shutil.rmtree(folder)
     shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)
     for lock in folder.parent.glob("*.lock"):
-        with suppress(OSError), _claimed(lock, wait=False):
+        with suppress(OSError, InUseError), held(lock, "this cache"):
             shutil.rmtree(lock.with_suffix(".partial"), ignore_errors=True)
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
@@ -143,34 +143,6 @@ def _arrays(images: np.ndarray, labels: np.ndarray) -> Arrays:
     for array in arrays.values():
         array.flags.writeable = False
     return arrays
-
-
-@contextmanager
-def _claimed(path: Path, *, wait: bool) -> Iterator[None]:
-    """Holds the lock file `path`, waiting where another process does; without `wait` raises BlockingIOError instead."""
-    while True:
-        with open(path, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise
-                log.info("waiting for another process that decodes the same images")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if not _names(path, file.fileno()):
-                continue  # whoever held it was done and has removed it
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _names(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _size(count: int) -> str:
