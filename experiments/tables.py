@@ -58,11 +58,17 @@ def readme(
     return "\n\n".join(parts) + "\n"
 
 
+def table(header: Sequence[str], lines: Iterable[Sequence]) -> str:
+    """A table in Markdown."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
 def _rows(outcomes: Sequence[Outcome]) -> list[str]:
     known = {(run.row, run.variant, run.recipe.job): run for run in runs()}
     header = ("row", "what", "network", "report", "rotjax", "seeds", "difference", "band", "device", "minutes", "command")
     groups = groupby((one for one in outcomes if one.row != "4"), lambda one: one.key)
-    return [_table(header, (_line(list(group), known.get(key)) for key, group in groups))]
+    return [table(header, (_line(list(group), known.get(key)) for key, group in groups))]
 
 
 def _line(group: Sequence[Outcome], run: Run | None) -> tuple:
@@ -98,7 +104,7 @@ def _controls(outcomes: Sequence[Outcome], torch: Mapping[str, float]) -> list[s
         "## Controls\n\nThe same row by PyTorch (`python -m experiments.control`), with torchvision's network, on the same "
         "data and from the same pretrained weights, if any: a difference from the report that both share is not the port's."
     )
-    return [title, _table(("run", "rotjax", "PyTorch"), lines)] if lines else []
+    return [title, table(("run", "rotjax", "PyTorch"), lines)] if lines else []
 
 
 def _first_epochs(outcomes: Sequence[Outcome]) -> list[str]:
@@ -107,7 +113,7 @@ def _first_epochs(outcomes: Sequence[Outcome]) -> list[str]:
         if first := [100 * one.epochs[0]["test_accuracy"] for one in outcomes if one.key[:2] == (row, "")]:
             lines.append((row, *beginning, mean(first)))
     title = "## The first epoch\n\nTest accuracy in % after one epoch of fine-tuning."
-    return [title, _table(("row", "from", "report", "rotjax"), lines)] if lines else []
+    return [title, table(("row", "from", "report", "rotjax"), lines)] if lines else []
 
 
 def _subsets(outcomes: Sequence[Outcome]) -> list[str]:
@@ -119,23 +125,18 @@ def _subsets(outcomes: Sequence[Outcome]) -> list[str]:
         if any(scores):
             lines.append((count, *(mean(s) if s else "" for s in scores)))
     title = "## Few labels (row 4)\n\nTest accuracy in %, by training images per class; the mean over draws."
-    return [title, _table(("images per class", *comparison.CURVES), lines)]
+    return [title, table(("images per class", *comparison.CURVES), lines)]
 
 
 def _trials(outcomes: Sequence[Outcome]) -> list[str]:
     lines = [(one.name, one.summary["steps"], mean([one.score])) for one in outcomes]
     title = "## Trials\n\nStopped early, to see that a row runs; not to be compared with the report."
-    return [title, _table(("run", "steps", "accuracy"), lines)] if lines else []
+    return [title, table(("run", "steps", "accuracy"), lines)] if lines else []
 
 
 def _missing(there: set[tuple]) -> str:
     rows = sorted({run.row for run in runs() if (run.row, run.variant, run.recipe.job) not in there})
     return f"Rows of which runs are missing: {', '.join(rows)}." if rows else "Every row has been run."
-
-
-def _table(header: Sequence[str], lines: Iterable[Sequence]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,207 @@
+"""Speed as ratios, rotjax beside a peer or a floor in the same run: `python -m experiments.benchmark --help`."""
+
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+from experiments import command, speed
+from experiments.outcomes import RESULTS
+from experiments.report import say
+from experiments.tables import table
+from rotjax.errors import UsageError
+from rotjax.workdirs import write_json
+
+
+@dataclass(frozen=True)
+class Row:
+    """`ours / theirs`, which is to be at least or at most `goal`; `sides` prepares what measures each once."""
+
+    name: str
+    ratio: str
+    goal: float
+    at_least: bool
+    sides: Callable[[], speed.Sides]
+    unit: str = "images/s"
+    gpu: bool = False
+
+    def met(self, ratio: float) -> bool:
+        return ratio >= self.goal if self.at_least else ratio <= self.goal
+
+
+def _torch(name: str, network: str, stem: str, goal: float) -> Row:
+    what = f"train step, {network}, {stem} stem at 32 px: rotjax / PyTorch, eager and channels_last"
+    return Row(name, what, goal, True, partial(speed.train_and_torch, network, stem))
+
+
+def _compiled(network: str, batch_size: int) -> Row:
+    what = f"train step, {network}, cifar stem, bfloat16, batch {batch_size}: rotjax / torch.compile"
+    sides = partial(speed.train_and_torch, network, "cifar", batch_size, "bfloat16", compiled=True)
+    return Row(f"l-{network}-{batch_size}", what, 1.0, True, sides, gpu=True)
+
+
+def _floor(network: str, goal: float) -> Row:
+    what = f"train step, {network}, cifar stem, bfloat16, batch 512 / its arithmetic and traffic at this device's peaks"
+    return Row(f"k-{network}", what, goal, False, partial(speed.step_and_floor, network), "s", gpu=True)
+
+
+NETWORKS = {"resnet18": 2.0, "resnet50": 1.8, "resnet101": 1.8, "densenet121": 2.2}  # and the goal over the floor
+ROWS = (
+    _torch("a", "resnet18", "imagenet", 1.0),
+    _torch("b", "densenet121", "imagenet", 0.9),
+    _torch("c", "resnet18", "cifar", 0.8),
+    Row("d", "epoch by the command's loop / bare steps on a resident batch", 0.95, True, speed.epoch_and_steps),
+    Row("e", "crop, flip and turn on one core / an image at a time by Grain", 25.0, True, speed.pipelines),
+    Row("f", "crop, flip and turn on one core / train step", 2.0, True, speed.pipeline_and_step, gpu=True),
+    Row("g-time", "step that trains the last block / step that trains all", 0.6, False, speed.frozen_and_full, "s an image"),
+    Row("g-flops", "the same, as compiled", 0.6, False, speed.frozen_and_full_flops, "FLOPs"),
+    Row("h", "evaluation / training", 2.5, True, speed.evaluation_and_training),
+    Row("i", "blocked by a checkpoint / synchronous save", 0.3, False, speed.saves, "s"),
+    Row("j", "second / first start to the first step, densenet121", 0.4, False, speed.starts, "s"),
+    *(_floor(network, goal) for network, goal in NETWORKS.items()),
+    *(_compiled(network, batch_size) for network in NETWORKS for batch_size in (128, 512)),
+    Row(
+        "m",
+        "row 1 of the report, 45 epochs, from the shell to its summary / one second",
+        40.0,
+        False,
+        speed.whole_run,
+        "s",
+        True,
+    ),
+)
+TRIED = (  # change, predicted, outcome
+    ("convolutions on small maps as sums of matrix products", "ResNet18's step 0.24 -> 0.9 of PyTorch's", "1.06"),
+    ("crops and turns move whole pixels, not bytes", "1.5 times the images/s of the pipeline", "1.6 times"),
+)
+SLOW: dict[str, str] = {}  # of rows that miss their goal, why
+
+
+def main() -> int:
+    """Parses the flags and measures; returns the exit code."""
+
+    def benchmark(
+        only: str = "", repeats: int = 5, results: command.ResultsDir = RESULTS, profile: Path | None = None
+    ) -> int:
+        """Measure rotjax beside its peers and floors, in turns, and write the medians and the page about them.
+
+        Args:
+            only: Rows, separated by commas, such as a,g-time; everything that this machine can measure if not given.
+            repeats: Measurements of each side.
+            results: Folder of the results.
+            profile: Instead of measuring, leave a trace of train steps in this folder, for Perfetto or TensorBoard.
+        """
+        return command.guarded(lambda: run(only, repeats, results, profile))
+
+    return command.cli(benchmark, "benchmark")
+
+
+def run(only: str, repeats: int, results: Path, profile: Path | None = None) -> None:
+    """Measures the rows of `only`; each leaves its result at once, and replaces that of an earlier run."""
+    if repeats < 1:
+        raise UsageError(f"--repeats={repeats} is too small; it is at least 1")
+    asked = chosen(only)
+    if profile:
+        step = speed.train_steps("resnet18", "imagenet")
+        with jax.profiler.trace(str(profile)):
+            step()
+        say(f"the trace of a second of train steps is in {profile}")
+        return
+    for row in asked:
+        if row.gpu and jax.default_backend() == "cpu":
+            say(f"{row.name:16} needs a GPU: {row.ratio}")
+            continue
+        result = measure(row, repeats)
+        folder = results / "benchmark" / jax.default_backend()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{row.name}.json", result)
+        name, what, goal, here, ours, theirs = _line(row, result)
+        say(f"{name:10} {here.replace('*', ''):14} (goal {goal}; {ours} / {theirs}): {what}")
+    (results / "performance.md").write_text(page(results / "benchmark"))
+    say(f"\n{results / 'performance.md'}")
+
+
+def chosen(only: str) -> Sequence[Row]:
+    """The rows in the comma-separated `only`, by their name or their letter; all where it is empty."""
+    words = [word.strip() for word in only.split(",")] if only else []
+    for word in words:
+        if not any(word in (row.name, row.name[0]) for row in ROWS):
+            raise UsageError(f"--only: there is no row {word!r}; rows are {', '.join(row.name for row in ROWS)}")
+    return [row for row in ROWS if not words or row.name in words or row.name[0] in words]
+
+
+def measure(row: Row, repeats: int) -> dict:
+    """Medians of `repeats` figures of each side, taken in turns, and of their ratios; what they were measured on."""
+    ours, theirs = row.sides()
+    pairs = [(ours(), theirs() if theirs else math.nan) for _ in range(repeats)]
+    versions = {name: _version(name) for name in ("rotjax", "jax", "jaxlib", "flax", "optax", "grain", "torch")}
+    return {
+        "ours": statistics.median(a for a, _ in pairs),
+        "theirs": statistics.median(b for _, b in pairs) if theirs else None,
+        "ratio": statistics.median(a / b for a, b in pairs) if theirs else None,
+        "ratios": [a / b for a, b in pairs] if theirs else [],
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        "versions": {name: version for name, version in versions.items() if version},
+    }
+
+
+def page(folder: Path) -> str:
+    """The page about the results in `folder/<backend>`."""
+    parts = [
+        "# Performance\n\nMade by `python -m experiments.benchmark`: each ratio is the median over repeats, in which both\n"
+        f"sides were measured in turns in one process. Batch {speed.BATCH} and float32 unless said."
+    ]
+    there: set[str] = set()
+    for backend in sorted(path for path in folder.iterdir() if path.is_dir()):
+        results = {path.stem: json.loads(path.read_text()) for path in backend.glob("*.json")}
+        there |= results.keys()
+        facts = sorted({_facts(result) for result in results.values()})
+        lines = [_line(row, results[row.name]) for row in ROWS if row.name in results]
+        parts += [f"## {backend.name.upper()}", *facts, table(("row", "ratio", "goal", "here", "rotjax", "other"), lines)]
+        parts += [f"- {name}: {why}" for name, why in SLOW.items() if name in results and not _met(name, results[name])]
+    parts += ["## What was tried", table(("change", "predicted", "outcome"), TRIED)]
+    if missing := [row.name for row in ROWS if row.name not in there]:
+        parts.append(f"Not measured yet: {', '.join(missing)}. On a GPU, the same command measures them.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(row: Row, result: dict) -> tuple[str, ...]:
+    """Name, what, goal, ratio with its range, and both figures."""
+    goal = f"{'>=' if row.at_least else '<='} {row.goal}"
+    ours, theirs = (result[side] and f"{_figure(result[side])} {row.unit}" for side in ("ours", "theirs"))
+    if result["ratio"] is None:
+        return row.name, row.ratio, goal, "the other side needs torch", ours, ""
+    verdict = f"{result['ratio']:.2f}" + ("" if row.met(result["ratio"]) else ", **missed**")
+    return row.name, row.ratio, goal, verdict, ours, theirs
+
+
+def _facts(result: dict) -> str:
+    return "; ".join([result["device"], *(f"{name} {version}" for name, version in result["versions"].items())])
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _met(name: str, result: dict) -> bool:
+    (row,) = (row for row in ROWS if row.name == name)
+    return result["ratio"] is None or row.met(result["ratio"])
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

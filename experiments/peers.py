@@ -1,0 +1,80 @@
+"""What rotjax is measured against: PyTorch's train step, and Grain's pipeline as one would first write it."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from experiments.control import networks
+from rotjax.data.batches import Arrays
+from rotjax.models.classifier import CIFAR10_MEAN, CIFAR10_STD
+
+Timed = Callable[[int], float]  # count -> seconds that so many take
+
+
+def torch_step(name: str, stem: str, batch: Arrays, *, dtype: str = "float32", compiled: bool = False) -> Timed:
+    """PyTorch's train steps on a resident batch: channels_last, AdamW, eager or by `torch.compile`, autocast to `dtype`.
+
+    Raises ImportError without torch and torchvision.
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.benchmark = True
+    model = _stemmed(getattr(networks(), name)(num_classes=4), stem)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=device == "cuda")
+    images = torch.from_numpy(batch["image"].transpose(0, 3, 1, 2).copy()).to(device, memory_format=torch.channels_last)
+    labels = torch.from_numpy(batch["label"].astype(np.int64)).to(device)
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (CIFAR10_MEAN, CIFAR10_STD))
+
+    def loss() -> Any:
+        with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
+            return torch.nn.functional.cross_entropy(model((images - mean) / std), labels)
+
+    forward: Any = torch.compile(loss) if compiled else loss
+
+    def steps(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            optimizer.zero_grad(set_to_none=True)
+            forward().backward()
+            optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    return steps
+
+
+def _stemmed(model: Any, stem: str) -> Any:
+    """torchvision's network with a 3x3 convolution of stride 1 in place of its stem where `stem` is cifar."""
+    import torch
+
+    if stem == "cifar":
+        first = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        if hasattr(model, "features"):
+            model.features.conv0, model.features.pool0 = first, torch.nn.Identity()
+        else:
+            model.conv1, model.maxpool = first, torch.nn.Identity()
+    return model
+
+
+def naive_batches(data: Arrays, batch_size: int, seed: int = 0) -> Iterator[Arrays]:
+    """Crop, flip and random rotation an image at a time, batched by Grain."""
+    padding = data["image"].shape[1] // 8
+
+    def augment(element: dict, rng: np.random.Generator) -> dict:
+        image, size = element["image"], len(element["image"])
+        padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+        row, column = rng.integers(0, 2 * padding + 1, 2)
+        image = padded[row : row + size, column : column + size]
+        image = image[:, ::-1] if rng.random() < 0.5 else image
+        turn = int(rng.integers(4))
+        return {"image": np.rot90(image, turn).copy(), "label": np.int32(turn)}
+
+    elements = [{"image": image} for image in data["image"]]
+    dataset = grain.MapDataset.source(elements).seed(seed).shuffle().repeat().random_map(augment).batch(batch_size)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

@@ -1,0 +1,251 @@
+"""What `experiments.benchmark` measures: pairs of sides, each a function that gives one figure when it is called."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import rotjax
+from experiments import peers
+from experiments.peers import Timed
+from rotjax.optim import FROZEN
+
+Side = Callable[[], float]
+Sides = tuple[Side, Side | None]  # rotjax's, and that of a peer if it is installed
+
+BATCH = 128
+SECONDS = 1.0  # that a measurement takes at least
+COUNTS = {  # training GFLOPs and, in bfloat16, MB of memory traffic an image, cifar stem at 32 px
+    "resnet18": (3.33, 17.5),
+    "resnet50": (7.79, 96.0),
+    "resnet101": (15.06, 143.0),
+    "densenet121": (5.33, 146.0),
+}
+
+
+def images(count: int, image_size: int = 32) -> dict[str, np.ndarray]:
+    """Noise, with labels from 0 to 3."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (count, image_size, image_size, 3), np.uint8)
+    return {"image": pixels, "label": rng.integers(0, 4, count, np.int32)}
+
+
+def per_second(timed: Timed, size: int) -> Side:
+    """Images/s of what handles `size` of them at each count, for at least SECONDS."""
+    timed(2)
+    count = max(2, round(2 * SECONDS / timed(2)))
+    return lambda: count * size / timed(count)
+
+
+def train_steps(name: str, stem: str, batch_size: int = BATCH, dtype: str = "float32", trainable: str = "all") -> Side:
+    """Images/s of jitted steps on one resident batch."""
+    return per_second(_steps(name, stem, batch_size, dtype, trainable)[0], batch_size)
+
+
+def train_and_torch(name: str, stem: str, batch_size: int = BATCH, dtype: str = "float32", compiled: bool = False) -> Sides:
+    """Images/s of rotjax's and of PyTorch's steps."""
+    try:
+        step = peers.torch_step(name, stem, images(batch_size), dtype=dtype, compiled=compiled)
+    except ImportError:
+        return train_steps(name, stem, batch_size, dtype), None
+    return train_steps(name, stem, batch_size, dtype), per_second(step, batch_size)
+
+
+def epoch_and_steps() -> Sides:
+    """Images/s of an epoch of 60 steps by the command's own loop, checkpoints included, and of bare steps."""
+    train, test = ({"image": images(count)["image"], "label": np.full(count, -1)} for count in (60 * BATCH, BATCH))
+    data = rotjax.Dataset("noise", (), train, test)
+    plan = rotjax.plan(rotjax.Rotation(stem="imagenet", epochs=1), data=data)
+
+    def epoch() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            list(rotjax.train(plan, folder))
+            return json.loads((Path(folder) / "summary.json").read_text())["images_per_second"]
+
+    return epoch, train_steps("resnet18", "imagenet")
+
+
+def pipelines() -> Sides:
+    """Images/s of the training batches of both, read on one core."""
+    data = images(10_000)
+    naive = peers.naive_batches(data, BATCH)
+
+    def elements(count: int) -> float:
+        with _one_core():
+            began = time.perf_counter()
+            for _ in itertools.islice(naive, count):
+                pass
+            return time.perf_counter() - began
+
+    return per_second(_batches(data), BATCH), per_second(elements, BATCH)
+
+
+def pipeline_and_step() -> Sides:
+    """Images/s of the training batches on one core, and of steps."""
+    return per_second(_batches(images(10_000)), BATCH), train_steps("resnet18", "imagenet")
+
+
+def frozen_and_full() -> Sides:
+    """Seconds an image takes where the last block trains, and where everything does."""
+    frozen, full = train_steps("resnet18", "imagenet", trainable="last_block"), train_steps("resnet18", "imagenet")
+    return lambda: 1 / frozen(), lambda: 1 / full()
+
+
+def frozen_and_full_flops() -> Sides:
+    """Floating-point operations of the two compiled steps."""
+    frozen, full = (_steps("resnet18", "imagenet", BATCH, "float32", how)[1] for how in ("last_block", "all"))
+    return lambda: frozen, lambda: full
+
+
+def evaluation_and_training() -> Sides:
+    """Images/s of evaluation, and of training."""
+    model = rotjax.create("resnet18", 4)
+    variables = rotjax.init_variables(model, 0, 32)
+    batch = jax.device_put(images(BATCH) | {"weight": np.ones(BATCH, np.float32)})
+    step = rotjax.eval_step(model).lower(variables, batch).compile()
+
+    def evaluate(count: int) -> float:
+        began = time.perf_counter()
+        jax.block_until_ready([step(variables, batch) for _ in range(count)])
+        return time.perf_counter() - began
+
+    return per_second(evaluate, BATCH), train_steps("resnet18", "imagenet")
+
+
+def saves() -> Sides:
+    """Seconds until training may go on after it has asked for a checkpoint, and until one is written and verified."""
+    model, optimizer = rotjax.create("resnet18", 4), rotjax.adamw(1e-3)
+    state = rotjax.init_state(optimizer, rotjax.init_variables(model, 0, 32))
+    folder, numbers = tempfile.TemporaryDirectory(), itertools.count(1)
+
+    def save(wait: bool) -> float:
+        this = jax.block_until_ready(dataclasses.replace(state, step=jnp.int32(next(numbers))))
+        with rotjax.checkpoints.open_checkpoints(Path(folder.name)) as checkpoints:
+            began = time.perf_counter()
+            rotjax.checkpoints.save(checkpoints, this)
+            if wait:
+                rotjax.checkpoints.wait(checkpoints)
+            return time.perf_counter() - began
+
+    return lambda: save(False), lambda: save(True)
+
+
+def starts() -> Sides:
+    """Seconds from the shell to the first row of metrics of DenseNet121: where it was compiled before, and where not."""
+    cache = tempfile.TemporaryDirectory()
+
+    def start(home: str) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            flags = ["--backbone=densenet121", "--dataset=digits", "--batch_size=128", "--log_steps=1", "--max_steps=1"]
+            words = [sys.executable, "-m", "experiments.rotation", *flags, f"--workdir={folder}/run"]
+            began, rows = time.perf_counter(), Path(folder) / "run" / "metrics.jsonl"
+            env = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+            with subprocess.Popen(words, env=env | {"XDG_CACHE_HOME": home}, stdout=subprocess.DEVNULL) as process:
+                while process.poll() is None and not (rows.exists() and rows.read_text()):
+                    time.sleep(0.02)
+                process.kill()
+            return time.perf_counter() - began
+
+    def first() -> float:
+        with tempfile.TemporaryDirectory() as home:
+            return start(home)
+
+    start(cache.name)
+    return lambda: start(cache.name), first
+
+
+def step_and_floor(name: str) -> Sides:
+    """Seconds of a step at batch 512 in bfloat16, and what its arithmetic and its traffic take on this device."""
+    flops, traffic = COUNTS[name]
+    step, peak = train_steps(name, "cifar", 512, "bfloat16"), _peaks()
+    return lambda: 512 / step(), lambda: 512 * (flops * 1e9 / peak[0]() + traffic * 1e6 / peak[1]())
+
+
+def whole_run() -> Sides:
+    """Seconds of row 1 of the report, from the shell to the summary, with an empty compilation cache; and 1."""
+
+    def whole() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            words = [sys.executable, "-m", "experiments.rotation", f"--workdir={folder}/run"]
+            began = time.perf_counter()
+            subprocess.run(words, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"}, check=True)
+            return time.perf_counter() - began
+
+    return whole, lambda: 1.0
+
+
+def _steps(name: str, stem: str, batch_size: int, dtype: str, trainable: str) -> tuple[Timed, float]:
+    """Jitted train steps on one resident batch, and the floating-point operations of one."""
+    frozen = FROZEN[trainable]
+    model = rotjax.create(name, 4, stem, frozen=frozen, dtype=jnp.dtype(dtype))
+    optimizer = rotjax.adamw(rotjax.piecewise(1e-3, [10**6]), 0.01, frozen)
+    state = rotjax.init_state(optimizer, rotjax.init_variables(model, 0, 32))
+    (batch,) = rotjax.place([images(batch_size)])
+    step = rotjax.train_step(model, optimizer).lower(state, batch).compile()
+
+    def steps(count: int) -> float:
+        nonlocal state
+        began = time.perf_counter()
+        for _ in range(count):
+            state, _ = step(state, batch)
+        jax.block_until_ready(state)
+        return time.perf_counter() - began
+
+    return steps, (step.cost_analysis() or {"flops": math.nan})["flops"]
+
+
+def _batches(data: dict[str, np.ndarray]) -> Timed:
+    stream = rotjax.train_batches(data, rotjax.random_turn, BATCH, 10**6, seed=0)
+    reader = rotjax.read(stream)
+
+    def read(count: int) -> float:
+        with _one_core():
+            began = time.perf_counter()
+            for _ in itertools.islice(reader, count):
+                pass
+            return time.perf_counter() - began
+
+    return read
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """This thread on one core, where the system knows how."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _peaks(side: int = 8192) -> tuple[Side, Side]:
+    """FLOP/s of a bfloat16 matrix product `side` x `side`, and bytes/s of a copy, on this device."""
+    matrix = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
+
+    def rate(function: Callable, work: float) -> Side:
+        function = jax.jit(function)
+
+        def timed(count: int) -> float:
+            began = time.perf_counter()
+            jax.block_until_ready([function(matrix) for _ in range(count)])
+            return time.perf_counter() - began
+
+        return per_second(timed, int(work))
+
+    return rate(lambda x: x @ x, 2 * side**3), rate(lambda x: -x, 2 * matrix.nbytes)

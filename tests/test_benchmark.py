@@ -1,0 +1,56 @@
+"""Every row of the benchmark as data; the page is made from the committed results; a row runs by the real command."""
+
+import json
+import math
+
+import pytest
+
+from experiments import benchmark, speed
+from experiments.outcomes import RESULTS
+from rotjax.errors import UsageError
+
+
+def test_every_row_is_there():
+    assert {row.name[0] for row in benchmark.ROWS} == set("abcdefghijklm")
+    assert len({row.name for row in benchmark.ROWS}) == len(benchmark.ROWS)
+
+
+def test_the_committed_page_is_made_from_the_committed_results():
+    assert benchmark.page(RESULTS / "benchmark") == (RESULTS / "performance.md").read_text()
+
+
+def test_rows_are_chosen_by_letter_or_name():
+    assert [row.name for row in benchmark.chosen("g,i")] == ["g-time", "g-flops", "i"]
+    assert [row.name for row in benchmark.chosen("l-resnet18-512")] == ["l-resnet18-512"]
+    with pytest.raises(UsageError, match="no row 'z'"):
+        benchmark.chosen("a,z")
+
+
+def test_a_row_is_measured_and_what_needs_a_gpu_is_not_made_up(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "SECONDS", 0.01)
+    benchmark.run("e,m", 2, tmp_path)
+    (path,) = (tmp_path / "benchmark" / "cpu").iterdir()
+    result = json.loads(path.read_text())
+    assert path.name == "e.json" and len(result["ratios"]) == 2 and result["ours"] > result["theirs"] > 0
+    assert "m                needs a GPU" in capsys.readouterr().out
+    assert "| e | crop, flip and turn" in (tmp_path / "performance.md").read_text()
+
+
+def test_without_its_peer_a_row_shows_rotjax_alone(tmp_path):
+    row = benchmark.Row("a", "rotjax / PyTorch", 1.0, True, lambda: (lambda: 5.0, None))
+    result = benchmark.measure(row, 3)
+    assert (result["ours"], result["theirs"], result["ratio"]) == (5.0, None, None)
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "a.json").write_text(json.dumps(result))
+    assert "| the other side needs torch | 5 images/s |  |" in benchmark.page(tmp_path)
+
+
+def test_the_median_is_that_of_the_ratios_of_each_turn():
+    ours, theirs = iter([2.0, 30.0, 4.0]), iter([1.0, 10.0, 4.0])
+    result = benchmark.measure(benchmark.Row("x", "", 1.0, True, lambda: (lambda: next(ours), lambda: next(theirs))), 3)
+    assert result["ratio"] == 2.0 and result["ratios"] == [2.0, 3.0, 1.0]
+
+
+def test_the_compiled_step_of_the_last_block_has_fewer_operations():
+    frozen, full = speed.frozen_and_full_flops()
+    assert full and 0 < frozen() < 0.6 * full() < math.inf
