@@ -62,7 +62,7 @@ ROWS = (
     Row("e", "crop, flip and turn on one core / an image at a time by Grain", 25.0, True, speed.pipelines),
     Row("f", "crop, flip and turn on one core / train step", 2.0, True, speed.pipeline_and_step, gpu=True),
     Row("g-time", "step that trains the last block / step that trains all", 0.6, False, speed.frozen_and_full, "s an image"),
-    Row("g-flops", "the same, as compiled", 0.6, False, speed.frozen_and_full_flops, "FLOPs"),
+    Row("g-flops", "operations of a step that trains the last block / of one that trains all", 0.6, False, speed.frozen_and_full_flops, "FLOPs"),
     Row("h", "evaluation / training", 2.5, True, speed.evaluation_and_training),
     Row("i", "blocked by a checkpoint / synchronous save", 0.3, False, speed.saves, "s"),
     Row("j", "second / first start to the first step, densenet121", 0.4, False, speed.starts, "s"),
