@@ -15,7 +15,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rotjax.errors import DesertedError, FellowError, Stopped, UsageError
 
-NUMBERS = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
 LOST = {"UNKNOWN", "UNAVAILABLE", "INTERNAL", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED"}  # what a broken link is to JAX
 PATIENCE = 30  # seconds that a process may be silent before the others take it for dead
 
@@ -44,8 +43,8 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
 
 def share(batch_size: int, mesh: Mesh) -> slice:
     """What of a batch this process gives to its devices."""
-    parts = [index for (index,) in split(mesh).addressable_devices_indices_map((batch_size,)).values()]
-    return slice(min(part.start or 0 for part in parts), max(part.stop or batch_size for part in parts))
+    own = [number for number, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+    return slice(own[0] * batch_size // mesh.size, (own[-1] + 1) * batch_size // mesh.size)
 
 
 def join() -> None:
@@ -56,8 +55,12 @@ def join() -> None:
     """
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM from us, and knows no SIGINT
     try:
-        named = {name: int(os.environ[key]) for name, key in NUMBERS.items() if key in os.environ}
-        jax.distributed.initialize(**named, heartbeat_timeout_seconds=PATIENCE, shutdown_timeout_seconds=PATIENCE)
+        jax.distributed.initialize(
+            num_processes=_number("JAX_NUM_PROCESSES"),
+            process_id=_number("JAX_PROCESS_ID"),
+            heartbeat_timeout_seconds=PATIENCE,
+            shutdown_timeout_seconds=PATIENCE,
+        )
     except (ValueError, RuntimeError) as error:
         said = str(error).splitlines()[0][:80]
         raise UsageError(
@@ -109,3 +112,7 @@ def deserted() -> Iterator[None]:
         raise DesertedError(
             f"another process of this run is gone ({said}); start all again, they go on from the last checkpoint"
         ) from error
+
+
+def _number(name: str) -> int | None:
+    return int(os.environ[name]) if name in os.environ else None

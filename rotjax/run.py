@@ -64,7 +64,7 @@ def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_se
         step, score, testing = training.train_step(model, optimizer, mesh), _scorer(plan, model, until), 0.0
         if first < plan.steps:
             log.info("compiling the train step")
-            step = step.lower(state, next(training.place([stream[first]], mesh))).compile()
+            step = step.lower(state, next(training.place(stream[first : first + 1], mesh))).compile()
         threads = 0 if jax.default_backend() == "cpu" else 1  # a reading thread would take its time from a CPU's steps
         reader = stack.enter_context(closing(batches.read(stream, start=first, threads=threads)))
         placed = training.place(until(reader), mesh)

@@ -137,7 +137,7 @@ def fit(
     """
     for number, batch in zip(range(start + 1, steps + 1), batches, strict=False):
         if (number - 1) % epoch_steps == 0:
-            state = dataclasses.replace(state, sums=jax.device_put(_no_sums(), state.step.sharding))
+            state = dataclasses.replace(state, sums=jax.jit(_no_sums, out_shardings=state.step.sharding)())
         state, metrics = step(state, batch)
         epoch, rows = (number - 1) // epoch_steps + 1, []
         if number % log_steps == 0:

@@ -3,11 +3,10 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -16,16 +15,10 @@ import optax
 import pytest
 
 import rotjax
+from experiments import command
 from rotjax import checkpoints, parallel
 
-RECIPE = rotjax.Rotation(stem="cifar", width=4, batch_size=8, epochs=3)
-PROCESS = """
-import sys
-sys.path[:0] = sys.argv[1:3]
-import test_distributed as work
-from experiments.command import guarded
-sys.exit(guarded(lambda: (work.parallel.join(), getattr(work, sys.argv[3])(*sys.argv[4:]))))
-"""
+RECIPE = rotjax.Rotation(stem="cifar", width=4, batch_size=8, epochs=2)
 
 
 def arrays(count):
@@ -54,70 +47,70 @@ def first_step(folder):
     found = {"loss": metrics["loss"], "gradient": gradients, "statistic": state.variables["batch_stats"]}
     found |= {"label": np.concatenate([seen[t]["label"] for t in range(2)]), "pixels": batch["image"], "score": scores}
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
-    np.savez(Path(folder) / f"{jax.process_index()}.npz", **flat)
+    np.savez(folder / f"{jax.process_index()}.npz", **flat)
 
 
-def run(workdir, pause="0"):
-    """A whole run, which waits after the row of step `pause` for a line."""
-    for row in rotjax.train(plan(), workdir, log_steps=2, checkpoint_seconds=0.0):
-        print(row["step"], flush=True)
-        if row["step"] == int(pause) and not parallel.primary():
-            sys.stdin.readline()
+def run(connection, workdir, pause=0):
+    """A whole run; or one that saves at every row, and whose second process waits after that of step `pause`."""
+    for row in rotjax.train(plan(), workdir, log_steps=2, checkpoint_seconds=0.0 if pause else 1e9):
+        if row["step"] == pause and not parallel.primary():
+            connection.send(pause)
+            connection.recv()
 
 
-@contextmanager
-def pair(*words):
-    """Two processes that do `words`: a function of this file, and its arguments."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    here, pipe, processes = Path(__file__).parent, subprocess.PIPE, []
-    line = [sys.executable, "-c", PROCESS, str(here), str(here.parent), *map(str, words)]
-    for number in range(2):
-        named = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
-        processes.append(subprocess.Popen(line, env=os.environ | named, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+def step_and_run(connection, folder):
+    """Both, since to start a process takes longer than either."""
+    first_step(folder)
+    run(connection, folder / "run")
 
 
-def finished(processes):
-    """Exit code and last line of stderr of each."""
-    said = [process.communicate(timeout=60)[1].splitlines() for process in processes]
-    return [(process.returncode, lines[-1] if lines else "") for process, lines in zip(processes, said, strict=True)]
-
-
-def pause(process, step):
-    """Waits until `process` waits after the row of `step`."""
-    while process.stdout.readline() not in (f"{step}\n", ""):
-        pass
+def join(connection, address, number, function, *arguments):
+    """Does `function` as process `number` of two, and returns its exit code."""
+    named = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
+    os.environ.update(named)
+    return command.guarded(lambda: (parallel.join(), function(connection, *arguments)))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run of two processes that nobody disturbs."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    with pair("run", workdir) as processes:
-        codes = finished(processes)
-    assert [code for code, _ in codes] == [0, 0], codes
-    return workdir
+def pair(start, tmp_path_factory):
+    """`pair(function, *arguments)`: two processes that do it, a connection to the second, and what tells how they ended."""
+
+    def pair(function, *arguments):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        logs = [tmp_path_factory.mktemp("log") / "log" for _ in range(2)]
+        started = [start(log, join, address, number, function, *arguments) for number, log in enumerate(logs)]
+
+        def ends():
+            for process, _ in started:
+                process.join(timeout=120)
+            lines = [log.read_text().splitlines()[-1:] for log in logs]
+            return [(process.exitcode, *line) for (process, _), line in zip(started, lines, strict=True)]
+
+        return [process for process, _ in started], started[1][1], ends
+
+    return pair
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
+def whole(pair, tmp_path_factory):
+    """What two processes that nobody disturbs leave: of the first step, and in `run` of a run."""
+    folder = tmp_path_factory.mktemp("whole")
+    _, _, ends = pair(step_and_run, folder)
+    assert [code for code, _ in ends()] == [0, 0], ends()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(pair, tmp_path_factory):
     """A run of which one process got SIGTERM after step 4, and how both ended."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"
-    with pair("run", workdir, 4) as processes:
-        pause(processes[1], 4)
-        processes[1].send_signal(signal.SIGTERM)
-        while "a second signal" not in (line := processes[1].stderr.readline()):
-            assert line, finished(processes)
-        processes[1].stdin.write("\n")
-        processes[1].stdin.flush()
-        return workdir, finished(processes)
+    (_, second), connection, ends = pair(run, workdir, 4)
+    assert connection.recv() == 4
+    second.terminate()
+    connection.send("go on")
+    return workdir, ends()
 
 
 def rows(workdir):
@@ -129,12 +122,9 @@ def state(workdir):
     return checkpoints.restore(workdir / "checkpoints", checkpoints.newest(workdir / "checkpoints"), state)
 
 
-def test_P2_two_processes_agree_with_one_and_share_each_batch(tmp_path):
-    (tmp_path / "one").mkdir()
-    first_step(tmp_path / "one")
-    with pair("first_step", tmp_path) as processes:
-        assert [code for code, _ in finished(processes)] == [0, 0]
-    one, *two = (dict(np.load(path)) for path in (tmp_path / "one/0.npz", tmp_path / "0.npz", tmp_path / "1.npz"))
+def test_P2_two_processes_agree_with_one_and_share_each_batch(whole, tmp_path):
+    first_step(tmp_path)
+    one, *two = (dict(np.load(path)) for path in (tmp_path / "0.npz", whole / "0.npz", whole / "1.npz"))
     np.testing.assert_array_equal(np.concatenate([part["['pixels']"] for part in two]), one["['pixels']"])
     assert sorted(np.concatenate([part["['label']"] for part in two])) == list(range(64))
     np.testing.assert_array_equal(two[0]["['score']['confusion']"].sum(1), [64] * 4)
@@ -146,31 +136,30 @@ def test_P2_two_processes_agree_with_one_and_share_each_batch(tmp_path):
 
 def test_P5_a_signal_to_one_of_two_processes_stops_both_at_one_step(stopped):
     workdir, ends = stopped
-    assert ends == [(75, f"rotjax: stopped at step 4 of 24, saved in {workdir}; the same command goes on")] * 2
+    assert ends == [(75, f"rotjax: stopped at step 4 of 16, saved in {workdir}; the same command goes on")] * 2
     assert checkpoints.newest(workdir / "checkpoints") == 4 and rows(workdir)[-1]["step"] == 4
 
 
-def test_P3_one_of_two_processes_is_killed_and_both_restarted(stopped, whole, tmp_path):
+def test_P3_one_of_two_processes_is_killed_and_both_restarted(pair, stopped, whole, tmp_path):
     workdir = shutil.copytree(stopped[0], tmp_path / "run")
-    with pair("run", workdir, 10) as processes:
-        pause(processes[1], 10)
-        processes[1].kill()
-        (code, line), _ = finished(processes)
+    (_, second), connection, ends = pair(run, workdir, 10)
+    assert connection.recv() == 10
+    second.kill()
+    (code, line), _ = ends()
     assert code == 75 and "another process of this run is gone" in line and "start all again" in line and len(line) < 300
-    with pair("run", workdir) as processes:
-        assert [code for code, _ in finished(processes)] == [0, 0]
+    _, _, ends = pair(run, workdir)
+    assert [code for code, _ in ends()] == [0, 0], ends()
     assert json.loads((workdir / "summary.json").read_text())["resumed_from"] > 4
-    assert rows(workdir) == rows(whole)
-    jax.tree.map(np.testing.assert_array_equal, state(workdir), state(whole))
+    assert rows(workdir) == rows(whole / "run")
+    jax.tree.map(np.testing.assert_array_equal, state(workdir), state(whole / "run"))
 
 
 def test_P4_a_checkpoint_of_two_processes_goes_on_in_one(stopped, whole, tmp_path):
     workdir = shutil.copytree(stopped[0], tmp_path / "run")
-    row = next(rotjax.train(plan(), workdir, log_steps=1))
-    assert row["step"] == 5
-    (later,) = (row for row in rotjax.train(plan(), workdir, log_steps=1) if row["step"] == 6 and "loss" in row)
-    (same,) = (row for row in rows(whole) if row["step"] == 6)
-    assert later["loss"] == pytest.approx(same["loss"], rel=0.02)
+    with closing(rotjax.train(plan(), workdir, log_steps=2)) as running:
+        row = next(running)
+    (same,) = (row for row in rows(whole / "run") if row["step"] == 6)
+    assert row["step"] == 6 and row["loss"] == pytest.approx(same["loss"], rel=0.02)
 
 
 def test_processes_that_nobody_names_are_asked_for():
