@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 import rotjax
 from experiments import figures, report
+from rotjax import parallel
 from rotjax.data.sources import DEFAULTS
-from rotjax.errors import RotjaxError, Stopped, UsageError
+from rotjax.errors import DesertedError, RotjaxError, Stopped, UsageError
 from rotjax.recipe import NETWORK
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ class Execution:
     """Steps between rows of metrics.jsonl."""
     checkpoint_seconds: float = 60.0
     """Seconds between checkpoints; the last step is saved in any case."""
+    distributed: bool = False
+    """One of many processes: of SLURM, Open MPI, Kubernetes, a TPU pod, or as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID say. The workdir is a folder that all share."""
 
 
 def main(kind: type[rotjax.Recipe]) -> int:
@@ -86,13 +90,15 @@ def guarded(job) -> int:
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with report.listening():
+        with report.listening(), parallel.deserted():
             job()
     except KeyboardInterrupt:
         print("rotjax: stopped; the same command goes on", file=sys.stderr)
         return Stopped.exit_code
     except RotjaxError as error:
-        print(f"rotjax: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"rotjax: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if isinstance(error, DesertedError):
+            os._exit(error.exit_code)  # an orderly exit waits for the process that is gone
         return error.exit_code
     return 0
 
@@ -100,7 +106,9 @@ def guarded(job) -> int:
 def run(recipe: rotjax.Recipe, execution: Execution) -> None:
     """Trains `recipe` and says what came of it."""
     workdir, plan = train(recipe, execution)
-    report.summarise(workdir, plan, execution.data_dir)
+    with parallel.together():
+        if parallel.primary():
+            report.summarise(workdir, plan, execution.data_dir)
 
 
 def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Plan]:
@@ -108,8 +116,13 @@ def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Pla
     if execution.log_steps < 1 or not execution.checkpoint_seconds >= 0:
         raise UsageError("--log_steps is at least 1 and --checkpoint_seconds at least 0")
     cache_compilations()
+    if execution.distributed:
+        parallel.join()
+    if not parallel.primary():
+        sys.stdout = None
     warn_of_idle_gpu()
-    plan = rotjax.plan(recipe, data_dir=execution.data_dir, progress=decoding)
+    with parallel.together():
+        plan = rotjax.plan(recipe, data_dir=execution.data_dir, progress=decoding)
     workdir = execution.workdir or Path("runs") / plan.recipe.name
     with report.Progress(plan) as progress:
         cadence = {"log_steps": execution.log_steps, "checkpoint_seconds": execution.checkpoint_seconds}

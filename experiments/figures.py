@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 import rotjax
+from rotjax import parallel
 from rotjax.data import tasks
 from rotjax.errors import CheckpointError
 from rotjax.planning import Plan
@@ -53,13 +54,15 @@ STYLE = {
 def draw(workdir: Path, plan: Plan) -> None:
     """Draws those of `NAMES` that the workdir of a finished run lacks; raises CheckpointError where it cannot write."""
     makers = dict(zip(NAMES, (_curves, _predictions, _mistakes, _confusion, _filters), strict=True))
-    missing = [name for name in NAMES if not (workdir / name).exists()]
+    missing = [name for name in NAMES if parallel.of_primary(not (workdir / name).exists())]
     if missing:
         log.info("drawing the figures")
     with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a class's name, which becomes a box
         for name in missing:
-            save(makers[name](workdir, plan), workdir / name)
+            figure = makers[name](workdir, plan)
+            if parallel.primary():
+                save(figure, workdir / name)
 
 
 def curves(rows: Sequence[dict], epoch_steps: int, falls: Sequence[int], title: str) -> Figure:

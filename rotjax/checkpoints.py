@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from rotjax import parallel
 from rotjax.errors import CheckpointError
 from rotjax.training import TrainState
 from rotjax.transfer import part
@@ -49,15 +51,19 @@ def open_checkpoints(directory: Path) -> Iterator[Checkpoints]:
     Raises CheckpointError where nothing can be written, or where the last save failed.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for marker in directory.glob("*.unfinished"):
-            _discard(directory, marker.stem)
+        if parallel.primary():
+            directory.mkdir(parents=True, exist_ok=True)
+            for marker in directory.glob("*.unfinished"):
+                _discard(directory, marker.stem)
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be written ({error.strerror}); name another workdir") from error
-    with ThreadPoolExecutor(1) as pool:
-        checkpoints = Checkpoints(directory, pool)
+    pool = ThreadPoolExecutor(1)
+    checkpoints = Checkpoints(directory, pool)
+    try:
         yield checkpoints
         wait(checkpoints)
+    finally:
+        pool.shutdown(wait=parallel.alone() or sys.exception() is None)  # fellows that are gone would be waited for
 
 
 def save(checkpoints: Checkpoints, state: TrainState) -> None:
@@ -65,19 +71,15 @@ def save(checkpoints: Checkpoints, state: TrainState) -> None:
 
     Raises CheckpointError where this save cannot start or the one before it failed.
     """
-    wait(checkpoints)
     step, directory = int(state.step), checkpoints.directory
-    if step == next(iter(_steps(directory)), None):
+    with parallel.together():
+        wait(checkpoints)
+    if parallel.of_primary(step == next(iter(_steps(directory)), None)):
         return
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     try:
-        if (free := shutil.disk_usage(directory).free) < 1.1 * size:
-            sizes = f"{1.1 * size / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB free"
-            raise CheckpointError(
-                f"no room to save step {step} in {directory}: {sizes}; make room, the same command goes on"
-            )
-        (directory / f"{step}.json").unlink(missing_ok=True)
-        (directory / f"{step}.unfinished").touch()
+        with parallel.together():
+            if parallel.primary():
+                _begin(directory, step, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         response = ocp.save_checkpointables_async(_absolute(directory / str(step)), _parts(state), overwrite=True)
     except (OSError, ValueError) as error:
         raise _unsaved(directory, step, error) from error
@@ -158,10 +160,21 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
 
 
+def _begin(directory: Path, step: int, size: int) -> None:
+    """Marks `step` unfinished; raises CheckpointError where there is no room for its `size` in bytes."""
+    if (free := shutil.disk_usage(directory).free) < 1.1 * size:
+        sizes = f"{1.1 * size / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB free"
+        raise CheckpointError(f"no room to save step {step} in {directory}: {sizes}; make room, the same command goes on")
+    (directory / f"{step}.json").unlink(missing_ok=True)
+    (directory / f"{step}.unfinished").touch()
+
+
 def _finish(directory: Path, step: int, response: ocp.AsyncResponse) -> None:
-    """Once `step` is written, makes it count, and removes what is older than the newest `KEEP`."""
+    """Once `step` is written by all processes, makes it count, and removes what is older than the newest `KEEP`."""
     try:
         response.result()
+        if not parallel.primary():
+            return
         manifest = directory / f"{step}.unfinished"
         with open(manifest, "w") as file:
             json.dump(
@@ -177,7 +190,8 @@ def _finish(directory: Path, step: int, response: ocp.AsyncResponse) -> None:
             _discard(directory, str(old))
     except Exception as error:  # of Orbax and TensorStore too
         with suppress(OSError):  # Orbax may still be writing other parts: then the next run clears away
-            _discard(directory, str(step))
+            if parallel.primary():
+                _discard(directory, str(step))
         raise _unsaved(directory, step, error) from error
 
 

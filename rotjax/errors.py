@@ -39,3 +39,17 @@ class Stopped(RotjaxError):
     """A signal stopped the run after it had saved; the same command continues (EX_TEMPFAIL)."""
 
     exit_code = 75
+
+
+class FellowError(RotjaxError):
+    """Another process of this run failed, with `exit_code`, and says why itself."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("another process of this run has stopped, and says why")
+        self.exit_code = exit_code
+
+
+class DesertedError(RotjaxError):
+    """Another process of this run is gone; the same command, in all of them, continues from the last checkpoint."""
+
+    exit_code = 75

@@ -1,17 +1,27 @@
-"""Arrays on a mesh of devices: state on all of them, batches split among them. One device is the smallest mesh."""
+"""Devices, of one process or of many: state on all of them, batches split among them; and what processes agree on.
 
-from collections.abc import Sequence
+One device is the smallest mesh, and one process agrees with itself. Processes run the same program; whatever only one of
+them knows (the files, the clock, a signal, an error) they make known to all at the same point, or they would part.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rotjax.errors import UsageError
+from rotjax.errors import DesertedError, FellowError, Stopped, UsageError
+
+LOST = {"UNKNOWN", "UNAVAILABLE", "INTERNAL", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED"}  # what a broken link is to JAX
+PATIENCE = 30  # seconds that a process may be silent before the others take it for dead
 
 
 def data_mesh(devices: Sequence | None = None) -> Mesh:
-    """A mesh with one axis, `data`, over `devices`, by default all."""
-    devices = jax.devices() if devices is None else devices
+    """A mesh with one axis, `data`, over `devices`, by default all, those of a process beside each other."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id)) if devices is None else devices
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
@@ -29,3 +39,80 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
     if batch_size % mesh.size:
         nearest = max(1, round(batch_size / mesh.size)) * mesh.size
         raise UsageError(f"batch_size {batch_size} cannot be shared among {mesh.size} devices; use {nearest}")
+
+
+def share(batch_size: int, mesh: Mesh) -> slice:
+    """What of a batch this process gives to its devices."""
+    own = [number for number, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+    return slice(own[0] * batch_size // mesh.size, (own[-1] + 1) * batch_size // mesh.size)
+
+
+def join() -> None:
+    """Makes this process one of those that a cluster, or the environment, names; before anything else asks for devices.
+
+    JAX finds SLURM, Open MPI, Kubernetes and TPU pods by itself; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID say it. Raises UsageError where nothing does.
+    """
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM from us, and knows no SIGINT
+    try:
+        jax.distributed.initialize(
+            num_processes=_number("JAX_NUM_PROCESSES"),
+            process_id=_number("JAX_PROCESS_ID"),
+            heartbeat_timeout_seconds=PATIENCE,
+            shutdown_timeout_seconds=PATIENCE,
+        )
+    except (ValueError, RuntimeError) as error:
+        said = str(error).splitlines()[0][:80]
+        raise UsageError(
+            f"--distributed finds no other processes ({said}); start it by srun or mpirun, or set"
+            " JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from error
+
+
+def alone() -> bool:
+    return jax.process_count() == 1
+
+
+def primary() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return jax.process_index() == 0
+
+
+def highest(value: int) -> int:
+    """The highest `value` of any process; every process asks at the same point."""
+    return value if alone() else int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
+def of_primary(value: int) -> int:
+    """The `value`, not negative, of the process that writes files; every process asks at the same point."""
+    return highest(value if primary() else -1)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Processes leave this block once all have done it; where one of them fails, the others do with FellowError."""
+    try:
+        yield
+    except BaseException as error:
+        highest(Stopped.exit_code if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1))
+        raise
+    if code := highest(0):
+        raise FellowError(code)
+
+
+@contextmanager
+def deserted() -> Iterator[None]:
+    """What JAX raises here once a fellow process is gone becomes DesertedError."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # one or the other, as the step was under way or to start
+        if alone() or str(error).partition(":")[0] not in LOST:
+            raise
+        said = str(error).splitlines()[0][:100]
+        raise DesertedError(
+            f"another process of this run is gone ({said}); start all again, they go on from the last checkpoint"
+        ) from error
+
+
+def _number(name: str) -> int | None:
+    return int(os.environ[name]) if name in os.environ else None

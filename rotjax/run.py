@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from threading import Event
@@ -12,11 +13,11 @@ from threading import Event
 import jax
 import optax
 
-from rotjax import checkpoints, optim, training, workdirs
+from rotjax import checkpoints, optim, parallel, training, workdirs
 from rotjax.data import batches, tasks
 from rotjax.errors import Stopped
 from rotjax.models import Classifier
-from rotjax.parallel import data_mesh, split
+from rotjax.parallel import data_mesh
 from rotjax.planning import Plan
 from rotjax.recipe import Classification, Recipe, Rotation
 from rotjax.transfer import graft
@@ -27,35 +28,46 @@ log = logging.getLogger(__name__)
 def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_seconds: float = 60.0) -> Iterator[dict]:
     """Carries `plan` out in `workdir`, or goes on where it stopped, yielding each row that `metrics.jsonl` gets.
 
+    Of several processes, which all call this, one writes; where they stop or save they agree every `log_steps` batches.
     Leaves `recipe.json`, `checkpoints/`, `metrics.jsonl` and, at the end, `summary.json`. Raises Stopped once SIGTERM or
     SIGINT came and the state is saved, UsageError for a workdir of another recipe, InUseError where another process is
-    at work, NonFiniteError, CheckpointError.
+    at work, NonFiniteError, CheckpointError, FellowError where another process of this run failed.
     """
     began, workdir, recipe, mesh = time.perf_counter(), Path(workdir), plan.recipe, data_mesh()
     with ExitStack() as stack:
-        stack.enter_context(workdirs.claimed(workdir, recipe, plan.data))
-        stopping = stack.enter_context(workdirs.signals())
-        saved = stack.enter_context(checkpoints.open_checkpoints(workdir / "checkpoints"))
-        newest = checkpoints.newest(saved.directory)
-        if newest == plan.steps and (workdir / "summary.json").exists():
-            log.info(f"already complete at step {newest}")
+        with parallel.together():
+            if parallel.primary():
+                stack.enter_context(workdirs.claimed(workdir, recipe, plan.data))
+            stopping = stack.enter_context(workdirs.signals())
+            saved = stack.enter_context(checkpoints.open_checkpoints(workdir / "checkpoints"))
+            newest = checkpoints.newest(saved.directory) if parallel.primary() else None
+        first = parallel.of_primary(newest or 0)
+        if parallel.of_primary(first == plan.steps and (workdir / "summary.json").exists()):
+            log.info(f"already complete at step {first}")
             return
         model, optimizer, state = _build(plan)
-        first = newest or 0
-        if newest is not None:
-            state = checkpoints.restore(saved.directory, newest, state)
+        if first:
+            state = checkpoints.restore(saved.directory, first, state)
             log.info(f"going on from step {first} of {plan.steps}")
-        logged, write = stack.enter_context(workdirs.metrics(workdir, first))
+        with parallel.together():
+            logged, write = stack.enter_context(workdirs.metrics(workdir, first)) if parallel.primary() else ([], _ignore)
         stream = batches.train_batches(
-            plan.data.train, _task(recipe), recipe.batch_size, plan.steps, seed=recipe.seed, flip=recipe.flip
+            plan.data.train,
+            _task(recipe),
+            recipe.batch_size,
+            plan.steps,
+            seed=recipe.seed,
+            flip=recipe.flip,
+            share=parallel.share(recipe.batch_size, mesh),
         )
-        step, score, testing = training.train_step(model, optimizer, mesh), _scorer(plan, model, stopping), 0.0
+        until = partial(_until, stopping, log_steps)
+        step, score, testing = training.train_step(model, optimizer, mesh), _scorer(plan, model, until), 0.0
         if first < plan.steps:
             log.info("compiling the train step")
-            step = step.lower(state, jax.device_put(stream[first], split(mesh))).compile()
+            step = step.lower(state, next(training.place(stream[first : first + 1], mesh))).compile()
         threads = 0 if jax.default_backend() == "cpu" else 1  # a reading thread would take its time from a CPU's steps
         reader = stack.enter_context(closing(batches.read(stream, start=first, threads=threads)))
-        placed = training.place(_until(stopping, reader), mesh)
+        placed = training.place(until(reader), mesh)
         trained = training.fit(
             step, state, placed, start=first, steps=plan.steps, epoch_steps=plan.epoch_steps, log_steps=log_steps
         )
@@ -68,10 +80,14 @@ def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_se
                         result = score(state.variables, _test_task(recipe), row["epoch"])
                         testing += time.perf_counter()
                         row |= {"test_loss": result["loss"], "test_accuracy": result["accuracy"]}
-                    write(row)
+                    with parallel.together():
+                        write(row)
                     yield row
-                checkpoints.check(saved)
-                if time.perf_counter() - last_save >= checkpoint_seconds:
+                if not rows and not parallel.alone():
+                    continue  # processes agree only where they wait for the device anyway
+                with parallel.together():
+                    checkpoints.check(saved)
+                if parallel.of_primary(time.perf_counter() - last_save >= checkpoint_seconds):
                     _save(saved, state)
                     last_save = time.perf_counter()
             seconds = time.perf_counter() - started - testing
@@ -99,8 +115,10 @@ def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_se
             "wall_seconds": round(time.perf_counter() - began, 1),
             "resumed_from": first or None,
         }
-        checkpoints.wait(saved)
-        workdirs.write_json(workdir / "summary.json", summary)
+        with parallel.together():
+            checkpoints.wait(saved)
+            if parallel.primary():
+                workdirs.write_json(workdir / "summary.json", summary)
 
 
 def _build(plan: Plan) -> tuple[Classifier, optax.GradientTransformation, training.TrainState]:
@@ -127,12 +145,16 @@ class _Signalled(Exception):
     """It is time to save and to stop."""
 
 
-def _until(stopping: Event, items: Iterable) -> Iterator:
-    """`items`, until a signal has come."""
-    for item in items:
-        if stopping.is_set():
+def _until(stopping: Event, every: int, items: Iterable) -> Iterator:
+    """`items`, until a signal has come; to any of several processes, which ask each other before each `every`th."""
+    for number, item in enumerate(items):
+        if (parallel.alone() or number % every == 0) and parallel.highest(stopping.is_set()):
             raise _Signalled
         yield item
+
+
+def _ignore(row: dict) -> None:
+    """What processes write that are not the first."""
 
 
 def _untested(plan: Plan, state: training.TrainState, logged: Sequence[dict]) -> list[dict]:
@@ -140,7 +162,7 @@ def _untested(plan: Plan, state: training.TrainState, logged: Sequence[dict]) ->
     step = int(state.step)
     if not step or (step % plan.epoch_steps and step != plan.steps):
         return []
-    if any(row["step"] == step and "test_loss" in row for row in logged):
+    if parallel.of_primary(any(row["step"] == step and "test_loss" in row for row in logged)):
         return []
     return [training.epoch_row(state, -(-step // plan.epoch_steps))]
 
@@ -164,14 +186,15 @@ def _test_task(recipe: Recipe) -> tasks.Task:
     return tasks.random_turn if isinstance(recipe, Rotation) else tasks.classify
 
 
-def _scorer(plan: Plan, model: Classifier, stopping: Event) -> Callable[[dict, tasks.Task, int], dict]:
+def _scorer(plan: Plan, model: Classifier, until: Callable[[Iterable], Iterator]) -> Callable[[dict, tasks.Task, int], dict]:
     """`(variables, task, epoch) -> loss, accuracy, confusion` on every test image."""
     recipe, step = plan.recipe, training.eval_step(model)
+    share = parallel.share(recipe.batch_size, data_mesh())
 
     def score(variables: dict, task: tasks.Task, epoch: int) -> dict:
-        views = batches.test_batches(plan.data.test, task, recipe.batch_size, seed=recipe.seed, epoch=epoch)
+        views = batches.test_batches(plan.data.test, task, recipe.batch_size, seed=recipe.seed, epoch=epoch, share=share)
         with closing(batches.read(views)) as reader:
-            return training.evaluate(step, variables, training.place(_until(stopping, reader)))
+            return training.evaluate(step, variables, training.place(until(reader)))
 
     return score
 

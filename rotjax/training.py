@@ -46,12 +46,12 @@ def init_variables(model: nn.Module, seed: int, image_size: int) -> dict:
 
 
 def init_state(optimizer: optax.GradientTransformation, variables: dict, mesh: Mesh | None = None) -> TrainState:
-    """Step 0 from `variables`, replicated over `mesh`, by default over all devices."""
+    """Step 0 from `variables`, alike in all processes, replicated over `mesh`, by default over all devices."""
 
     def state(variables):
         return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables["params"]), _no_sums())
 
-    return jax.jit(state, out_shardings=replicated(mesh or data_mesh()))(variables)
+    return jax.jit(state, out_shardings=replicated(mesh or data_mesh()))(jax.tree.map(np.asarray, variables))
 
 
 def train_step(model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> jax.stages.Wrapped:
@@ -100,10 +100,10 @@ def eval_step(model: nn.Module, mesh: Mesh | None = None) -> jax.stages.Wrapped:
 
 
 def place(batches: Iterable[dict], mesh: Mesh | None = None) -> Iterator[dict[str, jax.Array]]:
-    """Batches on the devices of `mesh`, each device its share."""
-    sharding = split(mesh or data_mesh())
+    """Batches on the devices of `mesh`, each device its share; of several processes each gives its own."""
+    put = partial(jax.make_array_from_process_local_data, split(mesh or data_mesh()))
     for batch in batches:
-        yield jax.device_put(batch, sharding)
+        yield jax.tree.map(put, batch)
 
 
 def evaluate(step: Callable[[dict, dict], dict[str, jax.Array]], variables: dict, batches: Iterable[dict]) -> Row:
@@ -137,7 +137,7 @@ def fit(
     """
     for number, batch in zip(range(start + 1, steps + 1), batches, strict=False):
         if (number - 1) % epoch_steps == 0:
-            state = dataclasses.replace(state, sums=jax.device_put(_no_sums(), state.step.sharding))
+            state = dataclasses.replace(state, sums=jax.jit(_no_sums, out_shardings=state.step.sharding)())
         state, metrics = step(state, batch)
         epoch, rows = (number - 1) // epoch_steps + 1, []
         if number % log_steps == 0:

@@ -1,7 +1,10 @@
 """Tests run on one CPU device, and share a cache of compiled programs with the commands that they start."""
 
+import atexit
 import logging
+import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,38 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Half the time to compile, at the price of slow programs, of which tests run a few steps.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["experiments.command"])  # as fork of a process that has imported all, one starts at once
+
+
+@pytest.fixture(scope="session")
+def start():
+    """`start(log, function, *arguments) -> process, connection`: a process of its own that calls
+    `function(connection, *arguments)`, writes to `log` and leaves with what is returned as its exit code."""
+    started = []
+
+    def start(log, function, *arguments):
+        here, there = FORKS.Pipe()
+        process = FORKS.Process(target=_child, args=(log, function, there, *arguments))
+        process.start()
+        there.close()
+        started.append(process)
+        return process, here
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def _child(log, function, *arguments):
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = function(*arguments)
+    atexit._run_exitfuncs()
+    os._exit(code or 0)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +41,22 @@ def test_R7_a_batch_is_a_function_of_seed_and_step(images, task):
             np.testing.assert_array_equal(later[key], again[key])
     reader.close()
     assert (stream(1)[17]["image"] != stream(2)[17]["image"]).any()
+
+
+@pytest.mark.parametrize("task", [tasks.random_turn, tasks.all_turns])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_R7_the_shares_of_several_processes_are_the_batch(images, task, processes):
+    def joined(split):
+        parts = [split(share=slice(8 * k // processes, 8 * (k + 1) // processes)) for k in range(processes)]
+        return [{key: np.concatenate([part[t][key] for part in parts]) for key in parts[0][t]} for t in range(len(parts[0]))]
+
+    for split in (
+        partial(batches.train_batches, images, task, 8, 9, seed=1),
+        partial(batches.test_batches, {key: value[:45] for key, value in images.items()}, task, 8),
+    ):
+        for whole, parts in zip(split(), joined(split), strict=True):
+            for key in whole:
+                np.testing.assert_array_equal(parts[key], whole[key])
 
 
 def test_R8_what_happens_to_an_image_does_not_depend_on_the_batch_size(images):

@@ -9,16 +9,25 @@ from rotjax.data import tasks
 from rotjax.data.augmentation import below, crop_and_flip, draw
 from rotjax.errors import UsageError
 
+EVERYTHING = slice(None)
 Arrays = dict[str, np.ndarray]  # 'image' u8 [N,H,H,3], 'label' i32 [N]; evaluation batches have 'weight' f32 [B] too
 
 
 def train_batches(
-    data: Arrays, task: tasks.Task, batch_size: int, steps: int, *, seed: int, flip: bool = True
+    data: Arrays,
+    task: tasks.Task,
+    batch_size: int,
+    steps: int,
+    *,
+    seed: int,
+    flip: bool = True,
+    share: slice = EVERYTHING,
 ) -> grain.MapDataset[Arrays]:
     """Batch `t` of `steps`: `batch_size` images, cropped, mirrored or not where `flip`, then given to the task.
 
     Images come in a new order on every pass (epoch) over the data, and batches straddle passes. The crop's padding is an
-    eighth of the image, 4 pixels of 32. Raises UsageError where a batch is larger than the data.
+    eighth of the image, 4 pixels of 32. `share` is what of each batch is wanted here. Raises UsageError where a batch is
+    larger than the data.
     """
     count, size = data["image"].shape[:2]
     if not 0 < batch_size <= count:
@@ -27,7 +36,7 @@ def train_batches(
     order = lru_cache(maxsize=2)(partial(_order, seed, count))
 
     def batch(step: int) -> Arrays:
-        epoch, place = np.divmod(np.int64(step) * batch_size + np.arange(batch_size), count)
+        epoch, place = np.divmod(np.int64(step) * batch_size + np.arange(batch_size)[share], count)
         index = np.concatenate([order(e)[place[epoch == e]] for e in np.unique(epoch).tolist()])
         words = partial(draw, seed=seed, epoch=epoch, index=index)
         rows, columns = (below(2 * padding + 1, words(stream)) for stream in (tasks.ROWS, tasks.COLUMNS))
@@ -40,18 +49,18 @@ def train_batches(
 
 
 def test_batches(
-    data: Arrays, task: tasks.Task, batch_size: int, *, seed: int = 0, epoch: int = 0
+    data: Arrays, task: tasks.Task, batch_size: int, *, seed: int = 0, epoch: int = 0, share: slice = EVERYTHING
 ) -> grain.MapDataset[Arrays]:
     """Every image once, in order, as it is, given to the task; the last batch is padded with images of weight 0."""
     count = len(data["label"])
 
     def batch(number: int) -> Arrays:
-        index = np.arange(number * batch_size, (number + 1) * batch_size)
+        index = np.arange(number * batch_size, (number + 1) * batch_size)[share]
         weight = (index < count).astype(np.float32)
         index = np.minimum(index, count - 1)
         words = partial(draw, seed=seed, epoch=epoch, index=index)
         images, labels = task(data["image"][index], data["label"][index], words)
-        return {"image": images, "label": labels, "weight": np.repeat(weight, len(labels) // batch_size)}
+        return {"image": images, "label": labels, "weight": np.repeat(weight, len(labels) // len(index))}
 
     return grain.MapDataset.range(-(-count // batch_size)).map(batch)
 

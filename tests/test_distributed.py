@@ -1,0 +1,170 @@
+"""Two processes that talk over loopback do what one does; where one of them stops or dies, no work is lost."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import rotjax
+from experiments import command
+from rotjax import checkpoints, parallel
+
+RECIPE = rotjax.Rotation(stem="cifar", width=4, batch_size=8, epochs=2)
+
+
+def arrays(count):
+    rng = np.random.default_rng(count)
+    return {"image": rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8), "label": np.arange(count, dtype=np.int32)}
+
+
+def plan():
+    names = tuple(str(number) for number in range(64))
+    return rotjax.plan(RECIPE, data=rotjax.Dataset("noise", names, arrays(64), arrays(11)))
+
+
+def first_step(folder):
+    """Leaves what this process read, and what the step made of all that was read."""
+    data, mesh, model = arrays(64), parallel.data_mesh(), rotjax.create("resnet18", 4, "cifar", width=4)
+    share = parallel.share(32, mesh)
+    batch = rotjax.train_batches(data, rotjax.random_turn, 32, 2, seed=0, share=share)[1]
+    seen = rotjax.train_batches(data, rotjax.classify, 32, 2, seed=0, share=share)
+    optimizer = optax.sgd(1.0)  # what a step takes off the parameters is their gradient
+    state = rotjax.init_state(optimizer, rotjax.init_variables(model, 0, 8))
+    before = jax.tree.map(np.array, state.variables["params"])
+    state, metrics = rotjax.train_step(model, optimizer)(state, *rotjax.place([batch]))
+    gradients = jax.tree.map(lambda a, b: a - np.asarray(b), before, state.variables["params"])
+    tests = rotjax.test_batches(data, rotjax.all_turns, 24, share=parallel.share(24, mesh))
+    scores = rotjax.evaluate(rotjax.eval_step(model), state.variables, rotjax.place(rotjax.read(tests)))
+    found = {"loss": metrics["loss"], "gradient": gradients, "statistic": state.variables["batch_stats"]}
+    found |= {"label": np.concatenate([seen[t]["label"] for t in range(2)]), "pixels": batch["image"], "score": scores}
+    flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+    np.savez(folder / f"{jax.process_index()}.npz", **flat)
+
+
+def run(connection, workdir, pause=0):
+    """A whole run; or one that saves at every row, and whose second process waits after that of step `pause`."""
+    for row in rotjax.train(plan(), workdir, log_steps=2, checkpoint_seconds=0.0 if pause else 1e9):
+        if row["step"] == pause and not parallel.primary():
+            connection.send(pause)
+            connection.recv()
+
+
+def step_and_run(connection, folder):
+    """Both, since to start a process takes longer than either."""
+    first_step(folder)
+    run(connection, folder / "run")
+
+
+def join(connection, address, number, function, *arguments):
+    """Does `function` as process `number` of two, and returns its exit code."""
+    named = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
+    os.environ.update(named)
+    return command.guarded(lambda: (parallel.join(), function(connection, *arguments)))
+
+
+@pytest.fixture(scope="module")
+def pair(start, tmp_path_factory):
+    """`pair(function, *arguments)`: two processes that do it, a connection to the second, and what tells how they ended."""
+
+    def pair(function, *arguments):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        logs = [tmp_path_factory.mktemp("log") / "log" for _ in range(2)]
+        started = [start(log, join, address, number, function, *arguments) for number, log in enumerate(logs)]
+
+        def ends():
+            for process, _ in started:
+                process.join(timeout=120)
+            lines = [log.read_text().splitlines()[-1:] for log in logs]
+            return [(process.exitcode, *line) for (process, _), line in zip(started, lines, strict=True)]
+
+        return [process for process, _ in started], started[1][1], ends
+
+    return pair
+
+
+@pytest.fixture(scope="module")
+def whole(pair, tmp_path_factory):
+    """What two processes that nobody disturbs leave: of the first step, and in `run` of a run."""
+    folder = tmp_path_factory.mktemp("whole")
+    _, _, ends = pair(step_and_run, folder)
+    assert [code for code, _ in ends()] == [0, 0], ends()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(pair, tmp_path_factory):
+    """A run of which one process got SIGTERM after step 4, and how both ended."""
+    workdir = tmp_path_factory.mktemp("stopped") / "run"
+    (_, second), connection, ends = pair(run, workdir, 4)
+    assert connection.recv() == 4
+    second.terminate()
+    connection.send("go on")
+    return workdir, ends()
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def state(workdir):
+    _, _, state = rotjax.run._build(plan())
+    return checkpoints.restore(workdir / "checkpoints", checkpoints.newest(workdir / "checkpoints"), state)
+
+
+def test_P2_two_processes_agree_with_one_and_share_each_batch(whole, tmp_path):
+    first_step(tmp_path)
+    one, *two = (dict(np.load(path)) for path in (tmp_path / "0.npz", whole / "0.npz", whole / "1.npz"))
+    np.testing.assert_array_equal(np.concatenate([part["['pixels']"] for part in two]), one["['pixels']"])
+    assert sorted(np.concatenate([part["['label']"] for part in two])) == list(range(64))
+    np.testing.assert_array_equal(two[0]["['score']['confusion']"].sum(1), [64] * 4)
+    for name in one.keys() - {"['pixels']", "['label']"}:
+        np.testing.assert_array_equal(two[0][name], two[1][name])
+        scale = max(abs(one[name]).max(), 1e-6)
+        assert abs(one[name] - two[0][name]).max() / scale < (1e-4 if "gradient" in name else 1e-5), name
+
+
+def test_P5_a_signal_to_one_of_two_processes_stops_both_at_one_step(stopped):
+    workdir, ends = stopped
+    assert ends == [(75, f"rotjax: stopped at step 4 of 16, saved in {workdir}; the same command goes on")] * 2
+    assert checkpoints.newest(workdir / "checkpoints") == 4 and rows(workdir)[-1]["step"] == 4
+
+
+def test_P3_one_of_two_processes_is_killed_and_both_restarted(pair, stopped, whole, tmp_path):
+    workdir = shutil.copytree(stopped[0], tmp_path / "run")
+    (_, second), connection, ends = pair(run, workdir, 10)
+    assert connection.recv() == 10
+    second.kill()
+    (code, line), _ = ends()
+    assert code == 75 and "another process of this run is gone" in line and "start all again" in line and len(line) < 300
+    _, _, ends = pair(run, workdir)
+    assert [code for code, _ in ends()] == [0, 0], ends()
+    assert json.loads((workdir / "summary.json").read_text())["resumed_from"] > 4
+    assert rows(workdir) == rows(whole / "run")
+    jax.tree.map(np.testing.assert_array_equal, state(workdir), state(whole / "run"))
+
+
+def test_P4_a_checkpoint_of_two_processes_goes_on_in_one(stopped, whole, tmp_path):
+    workdir = shutil.copytree(stopped[0], tmp_path / "run")
+    with closing(rotjax.train(plan(), workdir, log_steps=2)) as running:
+        row = next(running)
+    (same,) = (row for row in rows(whole / "run") if row["step"] == 6)
+    assert row["step"] == 6 and row["loss"] == pytest.approx(same["loss"], rel=0.02)
+
+
+def test_processes_that_nobody_names_are_asked_for():
+    line = [sys.executable, "-c", "from experiments.command import *; from rotjax import parallel; guarded(parallel.join)"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "OMPI", "KUBERNETES"))}
+    done = subprocess.run(line, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False)
+    assert "--distributed finds no other processes" in done.stderr and "JAX_COORDINATOR_ADDRESS" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and len(done.stderr) < 300
