@@ -21,6 +21,7 @@ from rotjax import parallel
 from rotjax.data.sources import DEFAULTS
 from rotjax.errors import DesertedError, RotjaxError, Stopped, UsageError
 from rotjax.recipe import NETWORK
+from rotjax.workdirs import ENDING
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +88,9 @@ def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
 
 def guarded(job) -> int:
     """Runs `job`; an error of ours, or a signal where nothing is to be saved yet, becomes one line and its exit code."""
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for kind in ENDING:
+        if signal.getsignal(kind) != signal.SIG_IGN:
+            signal.signal(kind, _interrupt)
     try:
         with report.listening(), parallel.deserted():
             job()
@@ -101,6 +103,13 @@ def guarded(job) -> int:
             os._exit(error.exit_code)  # an orderly exit waits for the process that is gone
         return error.exit_code
     return 0
+
+
+def _interrupt(number, frame):
+    """Ends what is under way, at a second signal the process."""
+    for kind in ENDING:
+        signal.signal(kind, signal.SIG_DFL)
+    raise KeyboardInterrupt
 
 
 def run(recipe: rotjax.Recipe, execution: Execution) -> None:

@@ -5,7 +5,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rotjax.data.dataset import Dataset
@@ -14,6 +14,8 @@ from rotjax.locks import held
 from rotjax.recipe import Recipe, differences, from_json, to_json
 
 log = logging.getLogger(__name__)
+
+ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 def read_recipe(workdir: Path) -> Recipe:
@@ -87,21 +89,33 @@ def signals() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    kinds = (signal.SIGTERM, signal.SIGINT)
-
-    def stop(number, frame):
-        event.set()
-        for kind in kinds:
-            signal.signal(kind, signal.SIG_DFL)
-        with suppress(RuntimeError):  # where the signal came in the middle of another line
-            log.warning("stopping as soon as what is under way is done and saved; a second signal stops at once")
-
-    before = {kind: signal.signal(kind, stop) for kind in kinds}
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    watch = threading.Thread(target=_watch, args=(heard, event), daemon=True)
+    before = {kind: signal.signal(kind, lambda *_: event.set()) for kind in ENDING}
+    wakeup = signal.set_wakeup_fd(told.fileno())
+    watch.start()
     try:
         yield event
     finally:
+        signal.set_wakeup_fd(wakeup)
         for kind, handler in before.items():
             signal.signal(kind, handler)
+        told.close()
+        watch.join()
+        heard.close()
+
+
+def _watch(heard: socket.socket, event: threading.Event) -> None:
+    """Reads the numbers of signals as they come: Python's handlers wait where XLA compiles, for a minute at times."""
+    count = 0
+    while number := heard.recv(1):
+        if number[0] in ENDING:
+            count += 1
+            event.set()
+            if count == 2:
+                os._exit(128 + number[0])
+            log.warning("stopping as soon as what is under way is done and saved; a second signal stops at once")
 
 
 def write_json(path: Path, values: dict) -> None:

@@ -4,9 +4,8 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -153,20 +152,24 @@ def test_D6_a_run_does_not_go_on_with_other_data(pretrained, data):
     assert before == {path: path.read_bytes() for path in pretrained.glob("*.json*")}
 
 
-KILLED = """
-import sys, numpy as np, rotjax
-rng = np.random.default_rng(0)
-def arrays(n): return {"image": rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8), "label": np.zeros(n, np.int32)}
-data = rotjax.Dataset("noise", ("a",), arrays(64), arrays(8))
-recipe = rotjax.Rotation(stem="cifar", width=4, batch_size=8, epochs=12)
-for row in rotjax.train(rotjax.plan(recipe, data=data), sys.argv[1], log_steps=3, checkpoint_seconds=float(sys.argv[2])):
-    print(row["step"], flush=True)
-"""
+def work(connection, workdir, checkpoint_seconds=0.0):
+    """A run of 96 steps that tells its rows."""
+    rng = np.random.default_rng(0)
+    images = [{"image": rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8), "label": np.zeros(n, int)} for n in (64, 8)]
+    recipe = rotjax.Rotation(stem="cifar", width=4, batch_size=8, epochs=12)
+    plan = rotjax.plan(recipe, data=rotjax.Dataset("noise", ("a",), *images))
+    for row in rotjax.train(plan, workdir, log_steps=3, checkpoint_seconds=checkpoint_seconds):
+        connection.send(row["step"])
 
 
-def start(workdir, checkpoint_seconds=0.0):
-    words = [sys.executable, "-c", KILLED, str(workdir), str(checkpoint_seconds)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+def undisturbed(start, workdir, *options):
+    """Waits for a run of 96 steps."""
+    process, connection = start(os.devnull, work, workdir, *options)
+    with suppress(EOFError):
+        while connection.recv():
+            pass
+    process.join()
+    assert process.exitcode == 0
 
 
 def same(one, other):
@@ -181,34 +184,42 @@ def same(one, other):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(start, tmp_path_factory):
     """A run that nobody disturbs, which saves only at its end."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    with start(workdir, 1e9) as process:
-        process.communicate()
-    assert process.returncode == 0
+    undisturbed(start, workdir, 1e9)
     return workdir
 
 
-def test_R1_a_run_killed_at_any_point_ends_with_the_same_bits(whole, tmp_path):
-    seed = int(time.time())
+def kill_at_random(start, whole, workdir, times):
+    """Kills a run at random points, `times` times, in saves too; it then ends with the bits of `whole`."""
+    seed = time.time_ns()
     print("seed", seed)
     rng = np.random.default_rng(seed)
-    for _ in range(20):
-        with start(tmp_path / "killed") as process:
+    for _ in range(times):
+        process, connection = start(os.devnull, work, workdir)
+        with suppress(EOFError):  # where it came to its end
             for _ in range(rng.integers(1, 4)):
-                process.stdout.readline()
-            time.sleep(rng.uniform(0, 0.05))
-            process.kill()
-    with start(tmp_path / "killed") as last:
-        last.communicate()
-    assert last.returncode == 0
-    same(tmp_path / "killed", whole)
+                connection.recv()
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.join()
+    undisturbed(start, workdir)
+    same(workdir, whole)
 
 
-def test_R6_two_processes_end_with_the_same_bits(whole, tmp_path):
-    with start(tmp_path / "again", 1e9) as process:
-        process.communicate()
+def test_R1_a_run_killed_at_any_point_ends_with_the_same_bits(start, whole, tmp_path):
+    kill_at_random(start, whole, tmp_path / "killed", 20)
+
+
+@pytest.mark.soak
+def test_R1_many_runs_killed_at_any_point_end_with_the_same_bits(start, whole, tmp_path):
+    for number in range(25):
+        kill_at_random(start, whole, tmp_path / str(number), 20)
+
+
+def test_R6_two_processes_end_with_the_same_bits(start, whole, tmp_path):
+    undisturbed(start, tmp_path / "again", 1e9)
     same(tmp_path / "again", whole)
 
 

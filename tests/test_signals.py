@@ -1,0 +1,85 @@
+"""SIGTERM and Ctrl-C in each phase of a command: it saves what there is, says in one line how to go on, leaves with 75."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import rotjax
+from experiments import command, figures
+
+FLAGS = ["--dataset=digits", "--stem=cifar", "--image_size=8", "--width=4", "--max_steps=6", "--log_steps=2"]
+PHASES = {
+    "data": (rotjax.data.sources, "load"),
+    "compile": (jax.stages.Lowered, "compile"),
+    "train": (rotjax.training, "check_finite"),
+    "save": (rotjax.checkpoints, "_begin"),
+    "evaluate": (rotjax.training, "evaluate"),
+    "figures": (figures, "save"),
+}
+
+
+def run(connection, workdir, phase=None, kinds=()):
+    """The command; at the beginning of `phase` signals of `kinds` come."""
+    if phase:
+        owner, name = PHASES[phase]
+        function = getattr(owner, name)
+
+        def interrupted(*arguments, **options):
+            setattr(owner, name, function)
+            for kind in kinds:
+                os.kill(os.getpid(), kind)
+            return function(*arguments, **options)
+
+        setattr(owner, name, interrupted)
+    sys.argv = ["rotation", *FLAGS, f"--workdir={workdir}", "--checkpoint_seconds=0"]
+    return command.main(rotjax.Rotation)
+
+
+@pytest.fixture
+def call(start, tmp_path):
+    """Runs the command in a process of its own: its exit code, and what it said."""
+
+    def call(*arguments):
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        process, _ = start(log, run, *arguments)
+        process.join(timeout=120)
+        return process.exitcode, log.read_text()
+
+    return call
+
+
+def test_R3_in_each_phase_of_a_command_a_signal_loses_nothing(call, tmp_path):
+    """Where a second one comes it stops at once, with nothing corrupt: the same run goes on."""
+    workdir = tmp_path / "run"
+    assert call(workdir, "compile", [signal.SIGTERM, signal.SIGINT])[0] == 128 + signal.SIGINT
+    for number, phase in enumerate(PHASES):
+        code, said = call(workdir, phase, [(signal.SIGTERM, signal.SIGINT)[number % 2]])
+        assert code == 75 and "Traceback" not in said, (phase, said)
+        last = said.splitlines()[-1]
+        assert last.startswith("rotjax: stopped") and last.endswith("; the same command goes on") and len(last) < 300
+    assert call(workdir)[0] == 0
+    assert not list(workdir.glob("**/*.partial")) and not list(workdir.glob("**/*.unfinished"))
+    assert call(tmp_path / "undisturbed")[0] == 0
+    assert (workdir / "metrics.jsonl").read_text() == (tmp_path / "undisturbed/metrics.jsonl").read_text()
+    one, other = (rotjax.load(folder)[1] for folder in (workdir, tmp_path / "undisturbed"))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_R3_a_signal_while_a_command_imports(tmp_path, kind):
+    line = [sys.executable, "-X", "importtime", "-m", "experiments.rotation", *FLAGS, f"--workdir={tmp_path / 'run'}"]
+    root, pipe = Path(__file__).parents[1], subprocess.PIPE
+    with subprocess.Popen(line, cwd=root, stderr=pipe, stdout=pipe, text=True) as process:
+        while not process.stderr.readline().endswith(" numpy\n"):
+            pass
+        process.send_signal(kind)
+        said = [line for line in process.stderr if not line.startswith("import time:")]
+    assert process.returncode == 75 and said == ["rotjax: stopped; the same command goes on\n"]
+    assert not (tmp_path / "run").exists()
