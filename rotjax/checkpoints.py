@@ -1,15 +1,10 @@
 """Checkpoints of a run, the only code that knows Orbax: a directory a step, in parts `backbone`, `head`, `optimizer`.
 
-Orbax restores a flipped bit without a word, and takes any directory named like a step for one. So a step counts once
-`<step>.json` lists the SHA-256 of each of its files, and for as long as these are its files. While a step is written or
-removed it is `<step>.unfinished` that lies there instead, by which the next run knows what it may clear away.
+Orbax restores a flipped bit without a word, and takes any directory named like a step for one. So a step counts by its
+manifest (`rotjax.manifests`), and for as long as its files are those that were saved.
 """
 
-import hashlib
-import json
 import logging
-import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,7 +17,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from rotjax import parallel
+from rotjax import manifests, parallel
 from rotjax.errors import CheckpointError
 from rotjax.training import TrainState
 from rotjax.transfer import part
@@ -30,9 +25,7 @@ from rotjax.transfer import part
 log = logging.getLogger(__name__)
 logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.CRITICAL)  # Orbax and TFDS narrate
 
-STEP = re.compile(r"(0|[1-9]\d{0,9})\.json")
 KEEP = 2  # so that a sound one is there while the newest is written
-LARGEST = 2**26  # bytes of a JSON file that is believed
 
 
 @dataclass
@@ -54,7 +47,7 @@ def open_checkpoints(directory: Path) -> Iterator[Checkpoints]:
         if parallel.primary():
             directory.mkdir(parents=True, exist_ok=True)
             for marker in directory.glob("*.unfinished"):
-                _discard(directory, marker.stem)
+                manifests.discard(directory, marker.stem)
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be written ({error.strerror}); name another workdir") from error
     pool = ThreadPoolExecutor(1)
@@ -74,7 +67,7 @@ def save(checkpoints: Checkpoints, state: TrainState) -> None:
     step, directory = int(state.step), checkpoints.directory
     with parallel.together():
         wait(checkpoints)
-    if parallel.of_primary(step == next(iter(_steps(directory)), None)):
+    if parallel.of_primary(parallel.primary() and _sound(directory, step)):
         return
     try:
         with parallel.together():
@@ -119,10 +112,10 @@ def newest(directory: Path) -> int | None:
     if strays:
         log.warning(f"no checkpoints for want of a list of their files, left alone: {', '.join(strays[:5])} in {directory}")
     damage = ""
-    for step in _steps(directory):
+    for step in manifests.steps(directory):
         if damage:
             log.warning(f"{damage}; trying step {step}")
-        if not (damage := _damage(directory, step)):
+        if not (damage := manifests.damage(directory, step)):
             return step
     if damage:
         raise CheckpointError(f"{damage}, and no older one is left; remove {directory} to begin anew")
@@ -149,15 +142,10 @@ def load_parts(directory: Path, step: int, abstract: dict) -> dict:
         while cause := cause.__cause__ or cause.__context__:
             if isinstance(cause, KeyboardInterrupt):  # which Orbax takes for a fault of what it reads
                 raise KeyboardInterrupt from None
-        raise CheckpointError(f"step {step} in {directory} cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"step {step} in {directory} cannot be loaded: {manifests.first_line(error)}") from error
     if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(parts)):
         raise CheckpointError(f"step {step} in {directory} holds values that are not finite; begin anew in another workdir")
     return parts
-
-
-def _first_line(error: BaseException) -> str:
-    """What `error` says, up to 100 characters of its first line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
 
 
 def _begin(directory: Path, step: int, size: int) -> None:
@@ -165,8 +153,7 @@ def _begin(directory: Path, step: int, size: int) -> None:
     if (free := shutil.disk_usage(directory).free) < 1.1 * size:
         sizes = f"{1.1 * size / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB free"
         raise CheckpointError(f"no room to save step {step} in {directory}: {sizes}; make room, the same command goes on")
-    (directory / f"{step}.json").unlink(missing_ok=True)
-    (directory / f"{step}.unfinished").touch()
+    manifests.begin(directory, step)
 
 
 def _finish(directory: Path, step: int, response: ocp.AsyncResponse) -> None:
@@ -175,83 +162,26 @@ def _finish(directory: Path, step: int, response: ocp.AsyncResponse) -> None:
         response.result()
         if not parallel.primary():
             return
-        manifest = directory / f"{step}.unfinished"
-        with open(manifest, "w") as file:
-            json.dump(
-                {path: _digest(directory / str(step) / path, keep=True) for path in _files(directory / str(step))},
-                file,
-                indent=1,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        manifest.rename(directory / f"{step}.json")
-        for old in _steps(directory)[KEEP:]:
-            (directory / f"{old}.json").rename(directory / f"{old}.unfinished")
-            _discard(directory, str(old))
+        manifests.finish(directory, step)
+        listed = manifests.steps(directory)
+        kept = [older for older in listed if older <= step][:KEEP]
+        for other in set(listed) - set(kept):  # what is newer was damaged, or this run would not have begun before it
+            manifests.remove(directory, other)
     except Exception as error:  # of Orbax and TensorStore too
         with suppress(OSError):  # Orbax may still be writing other parts: then the next run clears away
             if parallel.primary():
-                _discard(directory, str(step))
+                manifests.discard(directory, str(step))
         raise _unsaved(directory, step, error) from error
+
+
+def _sound(directory: Path, step: int) -> bool:
+    return step in manifests.steps(directory) and not manifests.damage(directory, step)
 
 
 def _unsaved(directory: Path, step: int, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"step {step} was not saved in {directory}: {_first_line(error)}; earlier ones are left as they were"
+        f"step {step} was not saved in {directory}: {manifests.first_line(error)}; earlier ones are left as they were"
     )
-
-
-def _discard(directory: Path, step: str) -> None:
-    """Removes what there is of `step`, the marker last."""
-    for path in (directory / step, *directory.glob(f"{step}.orbax-checkpoint-tmp*")):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-    (directory / f"{step}.json").unlink(missing_ok=True)
-    (directory / f"{step}.unfinished").unlink(missing_ok=True)
-
-
-def _steps(directory: Path) -> list[int]:
-    """Those that have a list of their files, the newest first."""
-    return sorted((int(found[1]) for path in directory.glob("*.json") if (found := STEP.fullmatch(path.name))), reverse=True)
-
-
-def _damage(directory: Path, step: int) -> str:
-    """What is wrong with the files of `step`, in words; empty where they are those that were saved."""
-    folder, manifest = directory / str(step), directory / f"{step}.json"
-    try:
-        if manifest.stat().st_size > LARGEST:
-            raise ValueError("it is too large")
-        listed, files = json.loads(manifest.read_text()), _files(folder)
-        if odd := sorted(set(listed) ^ set(files)):
-            return (
-                f"checkpoint {step} in {directory} is damaged ({odd[0]} is {'missing' if odd[0] in listed else 'a stray'})"
-            )
-        for path in files:
-            if _digest(folder / path) != listed[path]:
-                return f"checkpoint {step} in {directory} is damaged ({path} is not what was saved)"
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        return f"checkpoint {step} in {directory} is damaged ({_first_line(error)})"
-    return ""
-
-
-def _files(folder: Path) -> list[str]:
-    """Paths of all files below `folder`; ValueError for a link or anything else that is no plain file."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
-    if odd := next(
-        (path for path in (folder, *paths) if path.is_symlink() or (path != folder and not path.is_file())), None
-    ):
-        raise ValueError(f"{odd.name} is no plain file")
-    if not paths:
-        raise ValueError("it is empty")
-    return [path.relative_to(folder).as_posix() for path in paths]
-
-
-def _digest(path: Path, keep: bool = False) -> str:
-    """SHA-256 of a file; with `keep`, once it is on the disk for good."""
-    with open(path, "rb") as file:
-        if keep:
-            os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _absolute(path: Path) -> str:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rotjax import checkpoints
+from rotjax import checkpoints, manifests
 from rotjax.errors import CheckpointError
 from rotjax.training import TrainState
 
@@ -124,6 +124,16 @@ def test_C1_none_left_is_an_error_and_nothing_is_removed(tmp_path):
     assert len(str(caught.value)) < 300 and files(tmp_path) == before
 
 
+@pytest.mark.parametrize("then", [(3,), (2, 3), (2, 4)])
+def test_C1_a_damaged_step_is_saved_anew_and_does_not_outlive_a_newer_one(tmp_path, then):
+    """Whichever steps the run saves that goes on from the last sound one."""
+    saved(tmp_path, 1, 3)
+    files(tmp_path / "3")[0].write_bytes(b"x")
+    saved(tmp_path, *then)
+    equal(restored(tmp_path), state(then[-1], then[-1]))
+    assert all(not manifests.damage(tmp_path, step) for step in manifests.steps(tmp_path))
+
+
 def test_C3_what_is_only_named_like_a_step_is_left_alone(tmp_path, notes):
     saved(tmp_path, 3)
     for name in ("7", "007", "99999999999999999999", "-1"):
@@ -156,7 +166,7 @@ def test_R2_what_an_unfinished_save_left_is_cleared_away(tmp_path, left):
 KILLED = """
 import os, sys
 from pathlib import Path
-from rotjax import checkpoints
+from rotjax import checkpoints, manifests
 sys.path.insert(0, sys.argv[3])
 from test_checkpoints import saved, state
 die = lambda *_, **__: os.kill(os.getpid(), 9)
@@ -165,10 +175,10 @@ def after(function):
 place = sys.argv[2]
 if place == "before the write": checkpoints.ocp.save_checkpointables_async = die
 elif place == "in the write": checkpoints._finish = die
-elif place == "before the list": checkpoints._files = die
+elif place == "before the list": manifests.files = die
 elif place == "before it counts": Path.rename = die
 elif place == "once it counts": Path.rename = after(Path.rename)
-elif place == "in a removal": checkpoints.shutil.rmtree = die
+elif place == "in a removal": manifests.shutil.rmtree = die
 else: raise SystemExit(3)
 saved(Path(sys.argv[1]), 3)
 """
@@ -235,7 +245,7 @@ def test_C5_a_save_that_fails_is_said_at_the_next_step(tmp_path, monkeypatch):
     def fails(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_files", fails)
+    monkeypatch.setattr(manifests, "files", fails)
     with pytest.raises(CheckpointError, match="step 1 was not saved"), checkpoints.open_checkpoints(tmp_path) as opened:
         checkpoints.save(opened, state(1))
         while not opened.pending.done():
@@ -267,7 +277,7 @@ def test_C7_other_shapes_and_names_are_refused_in_a_line(tmp_path):
 def relist(directory, step):
     """Lists the files of a step as they are: a forger would."""
     folder = directory / str(step)
-    listed = {path: checkpoints._digest(folder / path) for path in checkpoints._files(folder)}
+    listed = {path: manifests.digest(folder / path) for path in manifests.files(folder)}
     (directory / f"{step}.json").write_text(json.dumps(listed))
 
 

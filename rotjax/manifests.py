@@ -1,0 +1,92 @@
+"""Which steps in a folder of checkpoints count: those with a manifest, `<step>.json`, the SHA-256 of each of their files.
+
+While a step is written or removed it is `<step>.unfinished` that lies there instead, by which the next run knows what it
+may clear away.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+STEP = re.compile(r"(0|[1-9]\d{0,9})\.json")
+LARGEST = 2**26  # bytes of a JSON file that is believed
+
+
+def steps(directory: Path) -> list[int]:
+    """Those that have a manifest, the newest first."""
+    return sorted((int(found[1]) for path in directory.glob("*.json") if (found := STEP.fullmatch(path.name))), reverse=True)
+
+
+def damage(directory: Path, step: int) -> str:
+    """What is wrong with the files of `step`, in words; empty where they are those that were saved."""
+    folder, manifest = directory / str(step), directory / f"{step}.json"
+    try:
+        if manifest.stat().st_size > LARGEST:
+            raise ValueError("it is too large")
+        listed, paths = json.loads(manifest.read_text()), files(folder)
+        if odd := sorted(set(listed) ^ set(paths)):
+            found = f"{odd[0]} is {'missing' if odd[0] in listed else 'a stray'}"
+        else:
+            changed = next((path for path in paths if digest(folder / path) != listed[path]), None)
+            found = changed and f"{changed} is not what was saved"
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        found = first_line(error)
+    return f"checkpoint {step} in {directory} is damaged ({found})" if found else ""
+
+
+def begin(directory: Path, step: int) -> None:
+    """Marks `step` unfinished: whatever there is of it no longer counts."""
+    (directory / f"{step}.json").unlink(missing_ok=True)
+    (directory / f"{step}.unfinished").touch()
+
+
+def finish(directory: Path, step: int) -> None:
+    """Makes `step`, of which all files are there, count, once they and their manifest are on the disk for good."""
+    folder, unfinished = directory / str(step), directory / f"{step}.unfinished"
+    with open(unfinished, "w") as file:
+        json.dump({path: digest(folder / path, keep=True) for path in files(folder)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(directory / f"{step}.json")
+
+
+def remove(directory: Path, step: int) -> None:
+    """Removes `step`, which from the first moment on does not count."""
+    (directory / f"{step}.json").rename(directory / f"{step}.unfinished")
+    discard(directory, str(step))
+
+
+def discard(directory: Path, step: str) -> None:
+    """Removes what there is of the unfinished `step`, the marker last."""
+    for path in (directory / step, *directory.glob(f"{step}.orbax-checkpoint-tmp*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+    (directory / f"{step}.json").unlink(missing_ok=True)
+    (directory / f"{step}.unfinished").unlink(missing_ok=True)
+
+
+def files(folder: Path) -> list[str]:
+    """Paths of all files below `folder`; ValueError for a link or anything else that is no plain file."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    for path in (folder, *paths):
+        if path.is_symlink() or (path != folder and not path.is_file()):
+            raise ValueError(f"{path.name} is no plain file")
+    if not paths:
+        raise ValueError("it is empty")
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+def digest(path: Path, keep: bool = False) -> str:
+    """SHA-256 of a file; with `keep`, once it is on the disk for good."""
+    with open(path, "rb") as file:
+        if keep:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    """What `error` says, up to 100 characters of its first line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
