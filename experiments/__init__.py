@@ -3,6 +3,18 @@
 import os
 import signal
 import sys
+from contextlib import suppress
+
+HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
+
+
+def _with_huge_pages():
+    """Begins anew with huge pages for malloc where Linux gives them only if asked: a step's temporary arrays are new pages
+    each time, and to fault them in by 4 kB takes as long as half of what ResNet18 computes."""
+    with suppress(OSError), open(HUGE_PAGES) as file:
+        if "[madvise]" in file.read() and "GLIBC_TUNABLES" not in os.environ:
+            os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+            os.execv(sys.executable, sys.orig_argv)
 
 
 def _stop(number, frame):
@@ -11,6 +23,7 @@ def _stop(number, frame):
 
 
 if sys.argv[:1] == ["-m"]:  # `python -m experiments.<command>` has just begun, and imports for seconds
+    _with_huge_pages()
     for kind in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(kind) != signal.SIG_IGN:
             signal.signal(kind, _stop)

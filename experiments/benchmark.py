@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -18,6 +17,7 @@ from experiments.outcomes import RESULTS
 from experiments.report import say
 from experiments.tables import table
 from rotjax.errors import UsageError
+from rotjax.run import versions
 from rotjax.workdirs import write_json
 
 
@@ -156,14 +156,13 @@ def measure(row: Row, repeats: int) -> dict:
     """Medians of `repeats` figures of each side, taken in turns, and of their ratios; what they were measured on."""
     ours, theirs = row.sides()
     pairs = [(ours(), theirs() if theirs else math.nan) for _ in range(repeats)]
-    versions = {name: _version(name) for name in ("rotjax", "jax", "jaxlib", "flax", "optax", "grain", "torch")}
     return {
         "ours": statistics.median(a for a, _ in pairs),
         "theirs": statistics.median(b for _, b in pairs) if theirs else None,
         "ratio": statistics.median(a / b for a, b in pairs) if theirs else None,
         "ratios": [a / b for a, b in pairs] if theirs else [],
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
-        "versions": {name: version for name, version in versions.items() if version},
+        "versions": versions("rotjax", "jax", "jaxlib", "flax", "optax", "grain", "torch"),
     }
 
 
@@ -208,13 +207,6 @@ def _figure(value: float) -> str:
 def _met(name: str, result: dict) -> bool:
     (row,) = (row for row in ROWS if row.name == name)
     return result["ratio"] is None or row.met(result["ratio"])
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

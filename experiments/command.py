@@ -65,8 +65,14 @@ def main(kind: type[rotjax.Recipe]) -> int:
 def cli(command, name: str, description: str | None = None) -> int:
     """Calls `command` with the flags of `python -m experiments.<name>`, which are its parameters; returns the exit code."""
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
-    prog = f"python -m experiments.{name}"
-    return tyro.cli(command, prog=prog, description=description, config=config, use_underscores=True)
+    prog, args = f"python -m experiments.{name}", [_at_home(word) for word in sys.argv[1:]]
+    return tyro.cli(command, args=args, prog=prog, description=description, config=config, use_underscores=True)
+
+
+def _at_home(word: str) -> str:
+    """`--flag=~/folder` as the shell hands on `--flag ~/folder`."""
+    flag, equals, value = word.partition("=")
+    return f"{flag}={os.path.expanduser(value)}" if equals and flag.startswith("--") else word
 
 
 def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
@@ -124,14 +130,14 @@ def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Pla
     """The workdir of `recipe`, trained under a progress bar, with figures beside the run's files; and its plan."""
     if execution.log_steps < 1 or not execution.checkpoint_seconds >= 0:
         raise UsageError("--log_steps is at least 1 and --checkpoint_seconds at least 0")
-    cache_compilations()
     if execution.distributed:
         parallel.join()
     if not parallel.primary():
         sys.stdout = None
     warn_of_idle_gpu()
     with parallel.together():
-        plan = rotjax.plan(recipe, data_dir=execution.data_dir, progress=decoding)
+        plan = rotjax.plan(recipe, data_dir=execution.data_dir, workdir=execution.workdir, progress=decoding)
+    cache_compilations()
     workdir = execution.workdir or Path("runs") / plan.recipe.name
     with report.Progress(plan) as progress:
         cadence = {"log_steps": execution.log_steps, "checkpoint_seconds": execution.checkpoint_seconds}

@@ -22,7 +22,7 @@ from experiments.archives import Archive, catalogued, fetch, lacking, verify
 from experiments.command import DataDir, cli, guarded
 from experiments.report import say
 from rotjax.data import prepared
-from rotjax.errors import DataError, UsageError
+from rotjax.errors import DataError, UsageError, launcher
 from rotjax.locks import held
 
 log = logging.getLogger("experiments.prepare")  # __name__ is "__main__" where it is run
@@ -67,7 +67,7 @@ def run(dataset: str, archive: Path | None, data_dir: Path | None, image_size: i
     folder = prepare(name, prepared.home(data_dir), archive)
     flags = f"--dataset={dataset}" + (f" --image_size={image_size or 160}" if dataset == "imagenette" else "")
     flags += f" --data_dir={shlex.quote(str(data_dir))}" if data_dir else ""
-    say(f"{name} is prepared in {folder}; use it: python -m experiments.rotation {flags}")
+    say(f"{name} is prepared in {folder}; use it: {launcher()}python -m experiments.rotation {flags}")
 
 
 def prepare(

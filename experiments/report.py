@@ -6,14 +6,18 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from experiments import figures
+from rotjax.data.sources import defaults
+from rotjax.errors import launcher
 from rotjax.planning import Plan
+from rotjax.recipe import Recipe
 
 HEADER = "epoch   train loss   train accuracy   test loss   test accuracy   elapsed"
 FILES = ("recipe.json", "metrics.jsonl", "summary.json", "checkpoints/", *figures.NAMES)
@@ -144,7 +148,7 @@ def facts(summary: dict, epoch_steps: int) -> list[tuple[str, str]]:
     else:
         lines = [("accuracy", f"{summary['accuracy']:.2%} on {count:,} test images")]
     lines.append(("data set", f"{summary['dataset']}, {summary['train_images']:,} training images"))
-    lines.append(("network", f"{summary['backbone']}, {summary['stem']} stem"))
+    lines.append(("network", network(summary)))
     epochs = round(summary["steps"] / epoch_steps, 2)
     lines.append(("trained for", f"{epochs:g} epoch{'s' * (epochs != 1)}, {summary['steps']:,} steps, seed {seed}"))
     speed, minutes = summary["images_per_second"], summary["wall_seconds"] / 60
@@ -154,12 +158,21 @@ def facts(summary: dict, epoch_steps: int) -> list[tuple[str, str]]:
     return lines
 
 
+def network(facts: Mapping[str, Any]) -> str:
+    """The network in words: its backbone, its stem, and its width where that is not the published one."""
+    width = f", width {facts['width']}" if facts["width"] != Recipe.defaults["width"] else ""
+    return f"{facts['backbone']}, {facts['stem']} stem{width}"
+
+
 def next_step(workdir: Path, plan: Plan, data_dir: Path | None = None) -> str:
     """The command or the line of Python that makes use of the run in `workdir`."""
     if plan.recipe.job == "classification":
         return f'use it in Python:\n  model, variables, recipe = rotjax.load("{workdir}")'
     dataset = plan.recipe.dataset if len(plan.data.classes) > 1 else "FOLDER_WITH_A_FOLDER_PER_CLASS"
-    flags = {"pretrained": workdir, "dataset": dataset} | ({"data_dir": data_dir} if data_dir else {})
+    flags: dict[str, Any] = {"pretrained": workdir, "dataset": dataset}
+    if plan.recipe.image_size != defaults(plan.recipe.dataset)["image_size"]:
+        flags["image_size"] = plan.recipe.image_size
+    if data_dir:
+        flags["data_dir"] = data_dir
     words = " ".join(f"--{name}={shlex.quote(str(value))}" for name, value in flags.items())
-    launcher = "uv run " if "UV" in os.environ else ""  # which uv sets for what it runs
-    return f"next, learn classes from it:\n  {launcher}python -m experiments.classification {words}"
+    return f"next, learn classes from it:\n  {launcher()}python -m experiments.classification {words}"

@@ -1,7 +1,16 @@
 """What a caller can cause: one line that says what is wrong, where, and what to do; commands exit with `exit_code`."""
 
+import os
+
+
+def launcher() -> str:
+    """What stands before `python` in a command that the user is told to type: `uv run ` where uv runs this one."""
+    return "uv run " if "UV" in os.environ else ""
+
 
 class RotjaxError(Exception):
+    """What a caller can cause."""
+
     exit_code = 1
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from rotjax import checkpoints, training, workdirs
-from rotjax.data import sources
+from rotjax.data import batches, sources
 from rotjax.data.dataset import Dataset
 from rotjax.errors import DataError, UsageError
 from rotjax.models import Classifier
@@ -39,12 +39,13 @@ def plan(
     *,
     data: Dataset | None = None,
     data_dir: str | Path | None = None,
+    workdir: str | Path | None = None,
     progress: Callable = iter,
 ) -> Plan:
-    """Refuses here whatever can be refused; reads the pretrained backbone and the data, writes no workdir.
+    """Refuses here whatever can be refused, before data is decoded; reads the pretrained backbone and the data.
 
-    `data`, the caller's own, stands in for the data set that the recipe names. Raises UsageError, DataError or
-    CheckpointError.
+    `data`, the caller's own, stands in for the data set that the recipe names. `workdir`, into which nothing is written
+    yet, must not hold another run. Raises UsageError, DataError or CheckpointError.
     """
     check(recipe)
     donor, step = None, 0
@@ -56,16 +57,23 @@ def plan(
     recipe = recipe.resolved(**sources.defaults(recipe.dataset))
     check(recipe)
     check_batch(recipe.batch_size, data_mesh())
+    if workdir is not None:
+        workdirs.check_vacant(Path(workdir), recipe)
     backbone = _load_part(recipe, donor, step, "backbone") if donor else None
     if data is None:
-        data = sources.load(recipe.dataset, image_size=recipe.image_size, data_dir=data_dir, progress=progress)
+        data = sources.load(
+            recipe.dataset,
+            image_size=recipe.image_size,
+            batch_size=recipe.batch_size,
+            data_dir=data_dir,
+            progress=progress,
+        )
     epoch_steps = len(data.train["label"]) // recipe.batch_size
     if isinstance(recipe, Classification):
         recipe, data = _classes(recipe, data)
-    count = len(data.train["label"])
-    if recipe.batch_size > count:
-        raise UsageError(f"--batch_size={recipe.batch_size} is larger than the training set of {count} images; lower it")
-    steps = recipe.epochs * epoch_steps
+    batches.check_fits(recipe.batch_size, len(data.train["label"]))
+    if (steps := recipe.epochs * epoch_steps) >= 2**31:
+        raise UsageError(f"--epochs={recipe.epochs} of {epoch_steps:,} steps are more than 2,147,483,647; use fewer")
     return Plan(recipe, data, backbone, epoch_steps, min(steps, recipe.max_steps or steps))
 
 

@@ -5,7 +5,8 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import jax.numpy as jnp
 
@@ -17,6 +18,11 @@ from rotjax.rotation import ANGLES
 SCHEMA = 1  # of recipe.json
 
 NETWORK = ("backbone", "stem", "width", "mean", "std")  # the fields that a pretrained backbone brings along
+
+BOUNDS = {
+    "epochs": (1, 10**6), "max_steps": (1, 2**31 - 1), "batch_size": (1, 2**20), "decay_epochs": (1, 10**6),
+    "subset": (1, 2**31 - 1), "image_size": (8, 2048), "width": (2, 2048), "seed": (0, 2**32 - 1),
+}  # fmt: skip
 
 DEFERRED: Any = None  # until `resolved`: the job, the data set or the pretrained network decides
 
@@ -152,20 +158,20 @@ def check(recipe: Recipe) -> None:
     """Raises UsageError for the first value out of range, naming its flag."""
     if bool(recipe.mean) != bool(recipe.std):
         raise UsageError("--mean and --std go together; give both or neither")
-    least = {"epochs": 1, "max_steps": 1, "batch_size": 1, "decay_epochs": 1, "subset": 1, "image_size": 8, "width": 2}
-    for name, bound in least.items():
+    for name, (least, most) in BOUNDS.items():
         value = getattr(recipe, name, None)
-        if value is not None and value < bound:
-            raise UsageError(f"--{name}={value} is too small; it is at least {bound}")
+        if value is not None and value < least:
+            raise UsageError(f"--{name}={value} is too small; it is at least {least}")
+        if value is not None and value > most:
+            raise UsageError(f"--{name}={value} is too large; it is at most {most}")
     for name, low in {"learning_rate": "above", "weight_decay": "at least"}.items():
         value = getattr(recipe, name)
         if value is not None and not (math.isfinite(value) and (value > 0 or (value == 0 and low == "at least"))):
             raise UsageError(f"--{name}={value} is out of range; it is a finite number {low} 0")
-    if not 0 <= recipe.seed < 2**32:
-        raise UsageError(f"--seed={recipe.seed} is out of range; it is a whole number from 0 to 4294967295")
-    for value in recipe.std or ():
-        if not (math.isfinite(value) and value > 0):
-            raise UsageError(f"--std has {value}; a standard deviation is a finite number above 0")
+    if not all(math.isfinite(value) for value in recipe.mean or ()):
+        raise UsageError(f"--mean is {recipe.mean}; means are finite numbers")
+    if not all(math.isfinite(value) and value > 0 for value in recipe.std or ()):
+        raise UsageError(f"--std is {recipe.std}; standard deviations are finite numbers above 0")
     if recipe.image_size is not None and recipe.image_size < 32 and recipe.stem == "imagenet":
         raise UsageError(f"--image_size={recipe.image_size} is too small for the imagenet stem; use 32 or --stem=cifar")
 
@@ -178,7 +184,7 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 def from_json(values: dict[str, Any], where: str) -> Recipe:
     """The recipe stored `where`; fields that an older rotjax did not know have the values that it worked with.
 
-    Raises CheckpointError for what is not a recipe, or one of a newer schema.
+    Raises CheckpointError for what is not a recipe, one of a newer schema, or one with values that no recipe can have.
     """
     if not isinstance(values, dict) or not isinstance(values.get("schema"), int) or values.get("job") not in JOBS:
         raise CheckpointError(f"{where} is not a recipe; point at a workdir that rotjax wrote")
@@ -188,7 +194,28 @@ def from_json(values: dict[str, Any], where: str) -> Recipe:
     if schema > SCHEMA or unknown:
         raise CheckpointError(f"{where} was written by a newer rotjax (schema {schema}, here {SCHEMA}); upgrade rotjax")
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return kind(**fields).resolved()
+    recipe = kind(**fields).resolved()
+    for name, hint in get_type_hints(kind).items():
+        if get_origin(hint) is not ClassVar and not _fits(value := getattr(recipe, name), hint):
+            raise CheckpointError(f"{where} is not a recipe: its {name} is {value!r}; name another workdir")
+    try:
+        check(recipe)
+    except UsageError as error:
+        raise CheckpointError(f"{where} is not a recipe: {error}") from error
+    return recipe
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the type that a field of a recipe is declared with."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return value in parts
+    if kind is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if kind is tuple:
+        ends = len(parts) if Ellipsis not in parts else len(value) if isinstance(value, tuple) else 0
+        return isinstance(value, tuple) and len(value) == ends and all(_fits(one, parts[0]) for one in value)
+    return type(value) in ((int, float) if hint is float else (hint,)) or (value is None and hint is NoneType)
 
 
 def differences(saved: Recipe, asked: Recipe) -> str:

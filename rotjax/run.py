@@ -4,7 +4,7 @@ import importlib.metadata
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -102,16 +102,17 @@ def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_se
         views = (plan.steps - first) * recipe.batch_size * (4 if _task(recipe) is tasks.all_turns else 1)
         summary = scores | {
             "images_per_second": round(views / seconds, 1) if views else None,
-            "epochs": recipe.epochs,
+            "epochs": round(plan.steps / plan.epoch_steps, 2),
             "steps": plan.steps,
             "dataset": recipe.dataset,
             "train_images": len(plan.data.train["label"]),
             "test_images": len(plan.data.test["label"]),
             "backbone": recipe.backbone,
             "stem": recipe.stem,
+            "width": recipe.width,
             "seed": recipe.seed,
             "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
-            "versions": {name: importlib.metadata.version(name) for name in ("rotjax", "jax", "flax", "optax")},
+            "versions": versions("rotjax", "jax", "flax", "optax"),
             "wall_seconds": round(time.perf_counter() - began, 1),
             "resumed_from": first or None,
         }
@@ -119,6 +120,15 @@ def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_se
             checkpoints.wait(saved)
             if parallel.primary():
                 workdirs.write_json(workdir / "summary.json", summary)
+
+
+def versions(*names: str) -> dict[str, str]:
+    """The version of each distribution of `names` that is installed."""
+    found = {}
+    for name in names:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _build(plan: Plan) -> tuple[Classifier, optax.GradientTransformation, training.TrainState]:

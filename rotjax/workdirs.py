@@ -1,5 +1,6 @@
 """The folder of a run: whose it is, that one process works in it, its files, and the signals that end the work."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -32,6 +33,29 @@ def read_recipe(workdir: Path) -> Recipe:
     return from_json(values, str(path))
 
 
+def check_vacant(workdir: Path, recipe: Recipe) -> None:
+    """Raises UsageError for a folder of another recipe or of something else, CheckpointError for one that cannot be read.
+
+    Classes, where `recipe` does not know them yet, are not compared.
+    """
+    if (workdir / "recipe.json").exists():
+        saved = read_recipe(workdir)
+        asked = dataclasses.replace(recipe, classes=recipe.classes or saved.classes)
+        if saved != asked:
+            raise UsageError(f"{workdir} holds another run ({differences(saved, asked)}); name another workdir")
+    elif workdir.exists() and not workdir.is_dir():
+        raise UsageError(f"{workdir} is a file; name another workdir")
+    elif workdir.exists() and any(name != ".lock" for name in _names(workdir)):
+        raise UsageError(f"{workdir} is not empty and holds no run; name another workdir")
+
+
+def _names(workdir: Path) -> list[str]:
+    try:
+        return os.listdir(workdir)
+    except OSError as error:
+        raise CheckpointError(f"{workdir} cannot be read ({error.strerror}); name another workdir") from error
+
+
 @contextmanager
 def claimed(workdir: Path, recipe: Recipe, data: Dataset) -> Iterator[None]:
     """Makes `workdir` the run's, or finds that it is, and keeps other processes out meanwhile.
@@ -39,15 +63,8 @@ def claimed(workdir: Path, recipe: Recipe, data: Dataset) -> Iterator[None]:
     Raises UsageError for a folder of another recipe or of something else, DataError where the run was started on other
     data, CheckpointError where it cannot be written, InUseError where a process is at work.
     """
+    check_vacant(workdir, recipe)
     path = workdir / "recipe.json"
-    if path.exists():
-        saved = read_recipe(workdir)
-        if saved != recipe:
-            raise UsageError(f"{workdir} holds another run ({differences(saved, recipe)}); name another workdir")
-    elif workdir.exists() and not workdir.is_dir():
-        raise UsageError(f"{workdir} is a file; name another workdir")
-    elif workdir.exists() and any(p.name != ".lock" for p in workdir.iterdir()):
-        raise UsageError(f"{workdir} is not empty and holds no run; name another workdir")
     with ExitStack() as stack:
         try:
             workdir.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,13 @@ def test_R7_a_batch_is_a_function_of_seed_and_step(images, task):
     assert (stream(1)[17]["image"] != stream(2)[17]["image"]).any()
 
 
+def test_draws_of_different_seeds_epochs_and_streams_are_different():
+    index = np.arange(500)
+    keys = itertools.product(range(4), range(8), range(6))
+    words = [augmentation.draw(stream, seed, epoch, index) for stream, seed, epoch in keys]
+    assert len(np.unique(words)) > 0.999 * np.size(words)
+
+
 @pytest.mark.parametrize("task", [tasks.random_turn, tasks.all_turns])
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_R7_the_shares_of_several_processes_are_the_batch(images, task, processes):
@@ -125,7 +132,7 @@ def test_a_test_image_is_turned_anew_every_epoch_and_alike_for_every_batch_size(
 
 @pytest.mark.parametrize("size", [0, -1, 49])
 def test_a_batch_that_does_not_fit_is_refused(images, size):
-    with pytest.raises(UsageError, match="does not fit"):
+    with pytest.raises(UsageError, match="batch_size=.* is larger than"):
         batches.train_batches(images, tasks.classify, size, 1, seed=0)
 
 

@@ -11,6 +11,7 @@ import jax
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import rotjax
 from experiments import command, figures
@@ -23,6 +24,8 @@ def call(monkeypatch, tmp_path, capsys):
     """Calls a command in an empty folder: exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "no-such-folder"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(job, *words):
@@ -88,7 +91,10 @@ USAGE = [
     (["--epochs=many"], "epochs"),
     (["--max_steps=0"], "--max_steps"),
     (["--batch_size=0"], "--batch_size"),
-    (["--batch_size=1439"], "--batch_size=1439"),
+    (["--batch_size=1439"], "batch_size=1439"),
+    (["--image_size=3000"], "--image_size"),
+    (["--epochs=" + "9" * 22], "--epochs"),
+    (["--mean", "nan", "0", "0", "--std", "1", "1", "1"], "--mean"),
     (["--learning_rate=nan"], "--learning_rate"),
     (["--learning_rate=0"], "--learning_rate"),
     (["--learning_rate=inf"], "--learning_rate"),
@@ -112,6 +118,20 @@ def test_U1_bad_usage_is_refused_with_2_and_leaves_nothing(call, tmp_path, words
     assert code == 2
     assert named in out + err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_U1_what_does_not_go_together_is_refused_before_photographs_are_decoded(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for number in range(30):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "photos" / f"{number}.png")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").touch()
+    words = ["--dataset=~/photos", "--stem=cifar", "--image_size=8"]
+    for flag, named in (("--batch_size=999", "training set of 27"), ("--workdir=~/taken", f"{tmp_path}/taken is not empty")):
+        code, _, err = call("rotation", *words, "--batch_size=9", flag)
+        assert code == 2 and named in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "taken"]
 
 
 @pytest.mark.parametrize("words", [["--subset=0"], ["--subset=999"], ["--trainable=stage4"], ["--frozen_statistics=maybe"]])

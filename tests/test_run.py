@@ -277,9 +277,9 @@ def test_the_mean_and_std_of_the_pixels_travel_with_the_backbone(data, tmp_path)
     [
         (dict(backbone="densenet121"), UsageError, "--backbone=densenet121 contradicts .* resnet18; leave --backbone out"),
         (dict(stem="imagenet"), UsageError, "--stem=imagenet contradicts .* cifar"),
-        (dict(batch_size=49), UsageError, "--batch_size=49 is larger than the training set of 48"),
+        (dict(batch_size=49), UsageError, "batch_size=49 is larger than the training set of 48"),
         (dict(subset=99), UsageError, "--subset=99 is more than the 16 images"),
-        (dict(subset=2), UsageError, "--batch_size=8 is larger than the training set of 6"),
+        (dict(subset=2), UsageError, "batch_size=8 is larger than the training set of 6"),
         (dict(learning_rate=float("nan")), UsageError, "--learning_rate=nan"),
     ],
 )
@@ -308,6 +308,15 @@ def test_C10_a_recipe_of_a_later_rotjax_is_refused(data):
     for later in ({"schema": 99}, {"colour": "blue"}):
         with pytest.raises(CheckpointError, match="here was written by a newer rotjax"):
             rotjax.recipe.from_json(values | later, "here")
+
+
+@pytest.mark.parametrize(
+    "value", [{"width": "x"}, {"stem": "foo"}, {"seed": None}, {"seed": -1}, {"classes": [1]}, {"mean": [0, 0]}, {"flip": 1}]
+)
+def test_C9_a_recipe_with_values_that_none_can_have_is_refused(data, value):
+    values = rotjax.recipe.to_json(rotjax.plan(rotjax.Classification(**SMALL), data=data).recipe)
+    with pytest.raises(CheckpointError, match=f"here is not a recipe: .*{next(iter(value))}"):
+        rotjax.recipe.from_json(values | value, "here")
 
 
 def test_C9_a_recipe_survives_its_json_and_an_older_one_is_completed(data):

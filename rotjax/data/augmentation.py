@@ -10,9 +10,10 @@ Array = Any  # np.ndarray or jax.Array
 
 
 def draw(stream: int, seed: int, epoch: Array, index: Array) -> Array:
-    """Uniform uint32 `[B]` for each image `index` `[B]` in `epoch` (`[B]` or a number), independent between streams."""
+    """Uniform uint32 `[B]` for each image `index` `[B]` in `epoch` (`[B]` or a number), other ones for other streams."""
     xp = index.__array_namespace__()
-    word = _mix(xp.full(index.shape, seed & 0xFFFFFFFF, dtype=xp.uint32) + xp.uint32(stream))
+    word = _mix(xp.full(index.shape, seed & 0xFFFFFFFF, dtype=xp.uint32))
+    word = _mix(word ^ xp.uint32(stream))
     word = _mix(word ^ xp.asarray(epoch).astype(xp.uint32))
     return _mix(word ^ index.astype(xp.uint32))
 

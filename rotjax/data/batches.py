@@ -30,8 +30,7 @@ def train_batches(
     larger than the data.
     """
     count, size = data["image"].shape[:2]
-    if not 0 < batch_size <= count:
-        raise UsageError(f"a batch of {batch_size} does not fit a training set of {count} images; lower batch_size")
+    check_fits(batch_size, count)
     padding = size // 8
     order = lru_cache(maxsize=2)(partial(_order, seed, count))
 
@@ -46,6 +45,12 @@ def train_batches(
         return {"image": images, "label": labels}
 
     return grain.MapDataset.range(steps).map(batch)
+
+
+def check_fits(batch_size: int, count: int) -> None:
+    """Raises UsageError where a batch has more images than the `count` that there are to train on."""
+    if not 0 < batch_size <= count:
+        raise UsageError(f"batch_size={batch_size} is larger than the training set of {count:,} images; lower it")
 
 
 def test_batches(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from rotjax.data.batches import Arrays
+from rotjax.data.batches import Arrays, check_fits
 from rotjax.data.dataset import Dataset
 from rotjax.data.decoded import Record, decoded, fingerprint
 from rotjax.data.pixels import square
@@ -33,19 +33,21 @@ class Photograph(NamedTuple):
     label: int  # -1 where there are no classes
 
 
-def load(folder: Path, image_size: int, progress: Callable = iter) -> Dataset:
+def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: int = 1) -> Dataset:
     """The middle squares of the images in `folder`, as `[N,image_size,image_size,3]`.
 
     Each subfolder is a class, with the images anywhere below it; images without subfolders have no classes. Where folders
     `train` and `test` (or `validation`, `val`) hold such folders or images, they are the split; else a tenth of each class
     is held out, chosen by file name and by nothing else, so that no two runs disagree on it. `progress` wraps the names
     of the files while they are decoded, once: see `decoded`. The split and everything left out are logged.
-    Raises DataError where a class, the training or the test set has no image, or the two differ in their classes.
+    Raises DataError where a class, the training or the test set has no image, or the two differ in their classes;
+    UsageError where there are fewer files to train on than a batch has images.
     """
     try:
         photographs, border, classes, held_out = _found(folder)
     except OSError as error:
         raise DataError(f"{_shown(folder)} cannot be read ({_shown(error)}); check its permissions") from error
+    check_fits(batch_size, border)
     facts = [(*photograph, *_state(folder / photograph.name)) for photograph in photographs]
     key = fingerprint(str(folder.resolve()), image_size, facts)
     with warnings.catch_warnings():

@@ -15,11 +15,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from rotjax.data.batches import Arrays
+from rotjax.data.batches import Arrays, check_fits
 from rotjax.data.dataset import Dataset
 from rotjax.data.decoded import decoded, fingerprint
 from rotjax.data.pixels import square
-from rotjax.errors import DataError, RotjaxError, UsageError
+from rotjax.errors import DataError, RotjaxError, UsageError, launcher
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +35,14 @@ def load(
     image_size: int,
     data_dir: str | Path | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
+    batch_size: int = 1,
 ) -> Dataset:
     """The data set `name`, or `name/config`, prepared in `data_dir`, as images `[N,image_size,image_size,3]`.
 
     The split `train` is trained on, `test` or else `validation` tested on; a set that has neither gets a tenth of each
     class held out, always the same, which is logged. Without a feature `label` there are no classes. Raises UsageError
-    for a name that is none, DataError for a set that is not prepared, is damaged, or is not of images.
+    for a name that is none or fewer training images than `batch_size`, DataError for a set that is not prepared, is
+    damaged, or is not of images.
     """
     name = qualified(name, image_size)
     folder = _newest(name, home(data_dir))
@@ -49,6 +51,7 @@ def load(
     splits = builder.info.splits
     if "train" not in splits:
         raise DataError(f"{folder} has no split train, only {', '.join(splits) or 'none'}; name another data set")
+    check_fits(batch_size, splits["train"].num_examples)
     tests = [split for split in ("test", "validation") if split in splits][:1]
     parts = _arrays(builder, ["train", *tests], len(classes), image_size, progress)
     if not tests:
@@ -78,7 +81,7 @@ def command(name: str, data_dir: Path) -> str:
     elsewhere = data_dir != home(None)
     if name == "cifar10" or (kind == "imagenette" and config in IMAGENETTE):
         size = f" --image_size={IMAGENETTE[config]}" if config not in ("", "160px-v2") else ""
-        return f"python -m experiments.prepare {kind}{size}" + (
+        return f"{launcher()}python -m experiments.prepare {kind}{size}" + (
             f" --data_dir={shlex.quote(str(data_dir))}" if elsewhere else ""
         )
     where = f"TFDS_DATA_DIR={shlex.quote(str(data_dir))} " if elsewhere else ""

@@ -31,6 +31,7 @@ def load(
     name: str,
     *,
     image_size: int,
+    batch_size: int = 1,
     data_dir: str | Path | None = None,
     progress: Callable = iter,
 ) -> Dataset:
@@ -38,15 +39,16 @@ def load(
     or a folder of photographs, which if named like one of these three is written as a path, `./digits`.
 
     `data_dir` is TFDS's, by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`. `progress` wraps the records as they
-    are decoded. Raises UsageError for a name that does not exist, DataError for data that is not there or unreadable.
+    are decoded. Raises UsageError for a name that does not exist or fewer training images than `batch_size`, DataError
+    for data that is not there or unreadable.
     """
     if _is_path(name) or (name not in ("", "digits", "cifar10", "imagenette") and Path(name).is_dir()):
-        return _photographs(name, image_size, progress)
+        return _photographs(name, image_size, batch_size, progress)
     if name == "digits":
         return _digits(image_size)
     from rotjax.data import prepared
 
-    return prepared.load(name, image_size, data_dir, progress)
+    return prepared.load(name, image_size, data_dir, progress, batch_size)
 
 
 def subset(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
@@ -66,11 +68,11 @@ def _is_path(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~")) or name.endswith("/")
 
 
-def _photographs(name: str, size: int, progress: Callable) -> Dataset:
+def _photographs(name: str, size: int, batch_size: int, progress: Callable) -> Dataset:
     folder = Path(os.path.expanduser(name))
     if not folder.is_dir():
         raise UsageError(f"no folder {name}; name a folder of images, or a data set such as digits")
-    return photographs.load(folder, size, progress)
+    return photographs.load(folder, size, progress, batch_size)
 
 
 def _digits(size: int) -> Dataset:

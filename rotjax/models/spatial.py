@@ -1,7 +1,8 @@
 """How convolutions and max-pooling are computed on this platform; no backbone knows.
 
 XLA's CPU convolution collapses where the output map is 2x2 or smaller: 256 -> 256 channels on 2x2 maps takes 86 ms
-forward at batch 128 and 2 ms as one matrix product. On larger maps, and on every accelerator, XLA's own form wins.
+forward at batch 128 and 2 ms as one matrix product. A 1x1 convolution is a matrix product on any map, twice as fast
+forward and six times as fast in its weights' gradient. Elsewhere, and on every accelerator, XLA's own form wins.
 """
 
 import flax.linen as nn
@@ -22,6 +23,8 @@ def convolve(
         (size + sum(pad) - width) // stride + 1
         for size, pad, width, stride in zip(images.shape[1:3], padding, kernel.shape[:2], window_strides, strict=True)
     ]
+    if jax.default_backend() == "cpu" and kernel.shape[:2] == (1, 1):
+        return images[:, :: window_strides[0], :: window_strides[1]] @ kernel[0, 0]
     if jax.default_backend() != "cpu" or max(output) > 2:
         return lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
     if images.shape[1] * images.shape[2] <= kernel.shape[0] * kernel.shape[1]:
