@@ -1,8 +1,8 @@
 """How convolutions and max-pooling are computed on this platform; no backbone knows.
 
-XLA's CPU convolution collapses where the output map is 2x2 or smaller: 256 -> 256 channels on 2x2 maps takes 86 ms
-forward at batch 128 and 2 ms as one matrix product. A 1x1 convolution is a matrix product on any map, twice as fast
-forward and six times as fast in its weights' gradient. Elsewhere, and on every accelerator, XLA's own form wins.
+XLA computes both well on accelerators. On CPUs its convolution collapses where the output map is 2x2 or smaller (256 to
+256 channels on 2x2 maps take 86 ms at batch 128, as a product of matrices 1.4 ms), where the window is 1x1, and in the
+gradient of a kernel, for which it turns both maps around. `python -m experiments.benchmark` measures what is left.
 """
 
 import flax.linen as nn
@@ -18,68 +18,123 @@ def convolve(
     padding: tuple[tuple[int, int], tuple[int, int]],
     **options,
 ) -> jax.Array:
-    """`lax.conv_general_dilated` of `[B,H,W,C]` with an HWIO kernel, for `nn.Conv(conv_general_dilated=...)`."""
-    output = [
-        (size + sum(pad) - width) // stride + 1
-        for size, pad, width, stride in zip(images.shape[1:3], padding, kernel.shape[:2], window_strides, strict=True)
-    ]
-    if jax.default_backend() == "cpu" and kernel.shape[:2] == (1, 1):
-        return images[:, :: window_strides[0], :: window_strides[1]] @ kernel[0, 0]
-    if jax.default_backend() != "cpu" or max(output) > 2:
+    """`lax.conv_general_dilated` of `[B,H,W,C]` with an HWIO kernel, for `nn.Conv(conv_general_dilated=...)`.
+
+    On CPUs its derivatives are reverse-mode, and the padding is that of `conv`: as many pixels around as makes a map of
+    stride 1 keep its size.
+    """
+    if jax.default_backend() != "cpu":
         return lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
-    if images.shape[1] * images.shape[2] <= kernel.shape[0] * kernel.shape[1]:
-        return _whole_map_product(images, kernel, window_strides, padding, output)
-    return _patch_product(images, kernel, window_strides, padding, output)
+    kernel = _within_reach(kernel, images.shape[1:3])
+    if kernel.shape[:2] == (1, 1):
+        return _same(images[:, :: window_strides[0], :: window_strides[1]], kernel)
+    if window_strides == (1, 1) and kernel.shape[3] <= kernel.shape[2]:
+        return _same(images, kernel)
+    output = [(size - 1) // stride + 1 for size, stride in zip(images.shape[1:3], window_strides, strict=True)]
+    if max(output) <= 2:
+        return _patches(images, kernel.shape[:2], window_strides) @ kernel.reshape(-1, kernel.shape[3])
+    return lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
 
 
-def _whole_map_product(images, kernel, strides, padding, output):
-    """One product of flattened maps `[B, H*W*C]` with the block-Toeplitz matrix of the kernel."""
-    batch, height, width = images.shape[:3]
-    zero = jnp.zeros(kernel.shape[2:], kernel.dtype)
-
-    def block(row, column, out_row, out_column):
-        y = row - strides[0] * out_row + padding[0][0]
-        x = column - strides[1] * out_column + padding[1][0]
-        return kernel[y, x] if 0 <= y < kernel.shape[0] and 0 <= x < kernel.shape[1] else zero
-
-    matrix = jnp.block(
-        [
-            [block(row, column, p, q) for p in range(output[0]) for q in range(output[1])]
-            for row in range(height)
-            for column in range(width)
-        ]
-    )
-    return (images.reshape(batch, -1) @ matrix).reshape(batch, *output, kernel.shape[3])
-
-
-def _patch_product(images, kernel, strides, padding, output):
-    """One product of patches `[B*P*Q, k*k*C]`, made of k*k strided slices, with the kernel."""
-    padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
-    patches = jnp.concatenate(_windows(padded, kernel.shape[:2], strides, output), axis=-1)
-    return patches @ kernel.reshape(-1, kernel.shape[3])
-
-
-def _windows(padded, window, strides, output):
-    """The `window[0] * window[1]` strided slices of `[B,H,W,C]`, in row-major order of the window."""
+def _within_reach(kernel, size):
+    """Of `kernel` the taps that meet pixels of maps of this `size`, and not their padding alone."""
+    reach = [min(width // 2, side - 1) for width, side in zip(kernel.shape[:2], size, strict=True)]
     rows, columns = (
-        [slice(at, at + stride * (count - 1) + 1, stride) for at in range(width)]
-        for width, stride, count in zip(window, strides, output, strict=True)
+        slice(width // 2 - near, width // 2 + near + 1) for width, near in zip(kernel.shape[:2], reach, strict=True)
+    )
+    return kernel[rows, columns]
+
+
+@jax.custom_vjp
+def _same(images, kernel):
+    """A convolution of stride 1 to maps of the same size, whose gradients are products with patches of the cotangent."""
+    if max(images.shape[1:3]) <= 2 or kernel.shape[:2] == (1, 1):
+        return _patches(images, kernel.shape[:2]) @ kernel.reshape(-1, kernel.shape[3])
+    return lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _same_forward(images, kernel):
+    return _same(images, kernel), (images, kernel)
+
+
+def _same_backward(saved, cotangent):
+    images, kernel = saved
+    height, width, channels, features = kernel.shape
+    patches = _patches(cotangent, (height, width))
+    turned = kernel[::-1, ::-1].swapaxes(2, 3).reshape(-1, channels)
+    products = jnp.tensordot(images, patches, ((0, 1, 2), (0, 1, 2))).reshape(channels, height, width, features)
+    return patches @ turned, products.transpose(1, 2, 0, 3)[::-1, ::-1]
+
+
+_same.defvjp(_same_forward, _same_backward)
+
+
+def _patches(images, window, strides=(1, 1)):
+    """`[B,P,Q,k*k*C]`: what a `window` around each pixel, or each `strides`th, shows of the zero-padded `images`."""
+    if tuple(window) == (1, 1):
+        return images[:, :: strides[0], :: strides[1]]
+    padded = jnp.pad(images, ((0, 0), *((width // 2, width // 2) for width in window), (0, 0)))
+    return jnp.concatenate(_windows(padded, window, strides), axis=-1)
+
+
+def _windows(padded, window, strides):
+    """The `window[0] * window[1]` strided slices of padded `[B,H,W,C]`, in row-major order of the window."""
+    rows, columns = (
+        [slice(at, size - width + at + 1, stride) for at in range(width)]
+        for width, stride, size in zip(window, strides, padded.shape[1:3], strict=True)
     )
     return [padded[:, row, column] for row in rows for column in columns]
 
 
+@jax.custom_vjp
 def max_pool(images: jax.Array) -> jax.Array:
-    """3x3 maximum with stride 2 and padding 1 of `[B,H,W,C]`, as in torchvision's stems.
+    """3x3 maximum with stride 2 and padding 1 of `[B,H,W,C]`, as in torchvision's stems; its derivative is reverse-mode.
 
-    Written as nine comparisons: the gradient of `nn.max_pool`, select-and-scatter, is slow on CPUs and has no
-    deterministic GPU form. Among equal values the gradient goes to the first in row-major order, as in torch.
+    The gradient of `nn.max_pool`, select-and-scatter, is slow on CPUs and has no deterministic GPU form. Among equal
+    values the gradient goes to the first in row-major order, as in torch.
     """
+    return _highest(images)[0]
+
+
+def _highest(images):
+    """The maximum of each window, and which of its nine places has it first."""
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-    output = [(size - 1) // 2 + 1 for size in images.shape[1:3]]
-    first, *rest = _windows(padded, (3, 3), (2, 2), output)
-    for window in rest:
-        first = jnp.where(window > first, window, first)
-    return first
+    best, *windows = _windows(padded, (3, 3), (2, 2))
+    place = jnp.zeros(best.shape, jnp.int8)
+    for number, window in enumerate(windows, 1):
+        higher = window > best
+        best, place = jnp.where(higher, window, best), jnp.where(higher, jnp.int8(number), place)
+    return best, place
+
+
+def _max_pool_forward(images):
+    best, place = _highest(images)
+    return best, (place, images[:0])
+
+
+def _max_pool_backward(saved, cotangent):
+    """Gathers for each pixel from the windows that it lies in: by whether its row and its column are even or odd."""
+    place, like = saved
+    (_, height, width, channels), (batch, rows, columns, _) = like.shape, place.shape
+    after = ((0, 0), (0, 1), (0, 1), (0, 0))
+    cotangent, place = jnp.pad(cotangent, after), jnp.pad(place, after, constant_values=-1)
+
+    def share(down, right, row, column):  # of what lies at (row, column) of the window that is so far down and right
+        window = slice(None), slice(down, down + rows), slice(right, right + columns)
+        return jnp.where(place[window] == 3 * row + column, cotangent[window], 0)
+
+    inside = (
+        ((0, 1),),
+        ((0, 2), (1, 0)),
+    )  # an even pixel is in the middle of a window, an odd one ends one and begins the next
+    parts = [
+        jnp.stack([sum(share(down, right, i, j) for down, i in row for right, j in column) for column in inside], axis=3)
+        for row in inside
+    ]
+    return (jnp.stack(parts, axis=2).reshape(batch, 2 * rows, 2 * columns, channels)[:, :height, :width],)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def conv(features: int, size: int, stride: int = 1, **options) -> nn.Conv:

@@ -1,0 +1,41 @@
+"""The forms that convolutions and max-pooling take on CPUs are those of XLA and Flax, and so are their gradients."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from jax import lax
+
+from rotjax.models import spatial
+
+
+def agree(ours, theirs, *arrays):
+    """Values and gradients of both, from the same cotangent."""
+    found, backward = jax.vjp(ours, *arrays)
+    wanted, reference = jax.vjp(theirs, *arrays)
+    cotangent = np.random.default_rng(1).normal(size=wanted.shape).astype(np.float32)
+    for one, other in zip([found, *backward(cotangent)], [wanted, *reference(cotangent)], strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize(("window", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
+def test_convolution(size, window, stride):
+    rng = np.random.default_rng(size)
+    for channels, features in ((6, 4), (4, 6)):
+        images = rng.normal(size=(2, size, size, channels)).astype(np.float32)
+        kernel = rng.normal(size=(window, window, channels, features)).astype(np.float32)
+        ours = spatial.conv(features, window, stride)
+        padding = [(window // 2, window // 2)] * 2
+
+        def theirs(images, kernel, stride=stride, padding=padding):
+            numbers = ("NHWC", "HWIO", "NHWC")
+            return lax.conv_general_dilated(images, kernel, (stride, stride), padding, dimension_numbers=numbers)
+
+        agree(lambda x, k, ours=ours: ours.apply({"params": {"kernel": k}}, x), theirs, images, kernel)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+def test_max_pool_and_its_ties(size):
+    images = np.random.default_rng(size).normal(size=(3, size, size, 4)).round().clip(0).astype(np.float32)
+    agree(spatial.max_pool, lambda x: nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))), images)
