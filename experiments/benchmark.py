@@ -92,11 +92,12 @@ ROWS = (
         True,
     ),
 )
-TRIED = (  # change, predicted, outcome
-    ("convolutions on small maps as sums of matrix products", "ResNet18's step 0.24 -> 0.9 of PyTorch's", "1.06"),
-    ("crops and turns move whole pixels, not bytes", "1.5 times the images/s of the pipeline", "1.6 times"),
-)
-SLOW: dict[str, str] = {}  # of rows that miss their goal, why
+SLOW = {  # of rows that miss their goal, why
+    "b": "120 layers of small products: what XLA does between them (concatenations, norms, their gradients) takes as long as"
+    " they do.",
+    "c": "XLA's convolution of 64 channels at 32 px reaches 200 of the 480 GFLOP/s of a matrix product, PyTorch's whole step"
+    " 400; patches and Winograd's transforms move too much memory to make up for it.",
+}
 
 
 def main() -> int:
@@ -180,10 +181,19 @@ def page(folder: Path) -> str:
         lines = [_line(row, results[row.name]) for row in ROWS if row.name in results]
         parts += [f"## {backend.name.upper()}", *facts, table(("row", "ratio", "goal", "here", "rotjax", "other"), lines)]
         parts += [f"- {name}: {why}" for name, why in SLOW.items() if name in results and not _met(name, results[name])]
-    parts += ["## What was tried", table(("change", "predicted", "outcome"), TRIED)]
+    tried = [
+        (one["change"], one["predicted"], one["outcome"], "yes" if one["kept"] else "no")
+        for one in _tried(folder / "tried.json")
+    ]
+    heading = "## What was tried\n\nTimes are of a train step at batch 128, medians on two cores."
+    parts += [heading, table(("change", "predicted", "outcome", "kept"), tried)] if tried else []
     if missing := [row.name for row in ROWS if row.name not in there]:
         parts.append(f"Not measured yet: {', '.join(missing)}. On a GPU, the same command measures them.")
     return "\n\n".join(parts) + "\n"
+
+
+def _tried(path: Path) -> list[dict]:
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def _line(row: Row, result: dict) -> tuple[str, ...]:
