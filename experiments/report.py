@@ -127,7 +127,7 @@ class Progress:
 def summarise(workdir: Path, plan: Plan, data_dir: Path | None = None) -> None:
     """Prints the final figures of the run in `workdir`, where everything is, and what to do next."""
     summary = json.loads((workdir / "summary.json").read_text())
-    block = facts(summary, plan.epoch_steps)
+    block = facts(summary)
     width = max(len(name) for name, _ in block) + 3
     say("")
     for name, value in block:
@@ -137,7 +137,7 @@ def summarise(workdir: Path, plan: Plan, data_dir: Path | None = None) -> None:
     say(f"\n{next_step(workdir, plan, data_dir)}")
 
 
-def facts(summary: dict, epoch_steps: int) -> list[tuple[str, str]]:
+def facts(summary: dict) -> list[tuple[str, str]]:
     """Name and value of each line of the printed block."""
     count, seed = sum(map(sum, summary["confusion"])), summary["seed"]
     if "rotation_accuracy" in summary:
@@ -149,7 +149,7 @@ def facts(summary: dict, epoch_steps: int) -> list[tuple[str, str]]:
         lines = [("accuracy", f"{summary['accuracy']:.2%} on {count:,} test images")]
     lines.append(("data set", f"{summary['dataset']}, {summary['train_images']:,} training images"))
     lines.append(("network", network(summary)))
-    epochs = round(summary["steps"] / epoch_steps, 2)
+    epochs = summary["epochs"]
     lines.append(("trained for", f"{epochs:g} epoch{'s' * (epochs != 1)}, {summary['steps']:,} steps, seed {seed}"))
     speed, minutes = summary["images_per_second"], summary["wall_seconds"] / 60
     lines.append(("speed", f"{speed:,.0f} images/s on {summary['device']}" if speed else f"on {summary['device']}"))

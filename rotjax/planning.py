@@ -28,6 +28,12 @@ class Plan:
     steps: int
 
     @property
+    def epochs(self) -> int | float:
+        """How many the steps are; no whole number where `max_steps` cuts the last one short."""
+        whole, rest = divmod(self.steps, self.epoch_steps)
+        return whole if not rest else round(self.steps / self.epoch_steps, 2)
+
+    @property
     def boundaries(self) -> range:
         """The steps from which on the learning rate is a tenth of what it was."""
         period = self.recipe.decay_epochs * self.epoch_steps

@@ -102,7 +102,7 @@ def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_se
         views = (plan.steps - first) * recipe.batch_size * (4 if _task(recipe) is tasks.all_turns else 1)
         summary = scores | {
             "images_per_second": round(views / seconds, 1) if views else None,
-            "epochs": round(plan.steps / plan.epoch_steps, 2),
+            "epochs": plan.epochs,
             "steps": plan.steps,
             "dataset": recipe.dataset,
             "train_images": len(plan.data.train["label"]),

@@ -22,6 +22,13 @@ def test_every_number_of_the_table_is_that_of_a_committed_run():
         assert (accuracy, epochs) == (f"{outcomes.accuracy(summary):.2f}", str(summary["epochs"]))
 
 
+def test_the_numbers_of_the_first_command_are_those_of_its_summary():
+    summary = json.loads((outcomes.RESULTS / "digits.json").read_text())
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"ends with {outcomes.accuracy(summary):.1f} % of the turns right, half a minute after" in text
+    assert summary["wall_seconds"] < 40
+
+
 def test_every_number_of_a_control_is_that_of_its_result():
     text, scores = (ROOT / "README.md").read_text(), outcomes.controls(outcomes.RESULTS)
     said = re.findall(r"([\d.]+) \(`python -m experiments.control --run=(\S+)`\)", text)
