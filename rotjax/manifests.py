@@ -11,13 +11,23 @@ import re
 import shutil
 from pathlib import Path
 
-STEP = re.compile(r"(0|[1-9]\d{0,9})\.json")
+STEP = re.compile(r"(0|[1-9][0-9]{0,9})\.(json|unfinished)")
 LARGEST = 2**26  # bytes of a JSON file that is believed
 
 
 def steps(directory: Path) -> list[int]:
     """Those that have a manifest, the newest first."""
-    return sorted((int(found[1]) for path in directory.glob("*.json") if (found := STEP.fullmatch(path.name))), reverse=True)
+    return _marked(directory, "json")
+
+
+def unfinished(directory: Path) -> list[int]:
+    """Those that are marked so."""
+    return _marked(directory, "unfinished")
+
+
+def foreign(directory: Path, step: int) -> bool:
+    """Whether something lies in the place of `step` that was not saved here: it has neither manifest nor marker."""
+    return os.path.lexists(directory / str(step)) and step not in steps(directory) + unfinished(directory)
 
 
 def damage(directory: Path, step: int) -> str:
@@ -56,12 +66,12 @@ def finish(directory: Path, step: int) -> None:
 def remove(directory: Path, step: int) -> None:
     """Removes `step`, which from the first moment on does not count."""
     (directory / f"{step}.json").rename(directory / f"{step}.unfinished")
-    discard(directory, str(step))
+    discard(directory, step)
 
 
-def discard(directory: Path, step: str) -> None:
+def discard(directory: Path, step: int) -> None:
     """Removes what there is of the unfinished `step`, the marker last."""
-    for path in (directory / step, *directory.glob(f"{step}.orbax-checkpoint-tmp*")):
+    for path in (directory / str(step), *directory.glob(f"{step}.orbax-checkpoint-tmp*")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
     (directory / f"{step}.json").unlink(missing_ok=True)
@@ -90,3 +100,9 @@ def digest(path: Path, keep: bool = False) -> str:
 def first_line(error: BaseException) -> str:
     """What `error` says, up to 100 characters of its first line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+
+
+def _marked(directory: Path, kind: str) -> list[int]:
+    """The steps that have a file of this `kind`; any other name, such as `...unfinished`, is nobody's."""
+    found = (STEP.fullmatch(path.name) for path in directory.glob(f"*.{kind}"))
+    return sorted((int(match[1]) for match in found if match), reverse=True)

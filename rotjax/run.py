@@ -36,10 +36,9 @@ def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_se
     began, workdir, recipe, mesh = time.perf_counter(), Path(workdir), plan.recipe, data_mesh()
     with ExitStack() as stack:
         with parallel.together():
-            if parallel.primary():
-                stack.enter_context(workdirs.claimed(workdir, recipe, plan.data))
+            claim = stack.enter_context(workdirs.claimed(workdir, recipe, plan.data)) if parallel.primary() else _ignore
             stopping = stack.enter_context(workdirs.signals())
-            saved = stack.enter_context(checkpoints.open_checkpoints(workdir / "checkpoints"))
+            saved = stack.enter_context(checkpoints.open_checkpoints(workdir / "checkpoints", claim))
             newest = checkpoints.newest(saved.directory) if parallel.primary() else None
         first = parallel.of_primary(newest or 0)
         if parallel.of_primary(first == plan.steps and (workdir / "summary.json").exists()):
@@ -119,6 +118,7 @@ def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_se
         with parallel.together():
             checkpoints.wait(saved)
             if parallel.primary():
+                claim()
                 workdirs.write_json(workdir / "summary.json", summary)
 
 
@@ -163,8 +163,8 @@ def _until(stopping: Event, every: int, items: Iterable) -> Iterator:
         yield item
 
 
-def _ignore(row: dict) -> None:
-    """What processes write that are not the first."""
+def _ignore(*_) -> None:
+    """What processes that are not the first write, and ask before they do."""
 
 
 def _untested(plan: Plan, state: training.TrainState, logged: Sequence[dict]) -> list[dict]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rotjax.data.dataset import Dataset
 from rotjax.errors import CheckpointError, DataError, UsageError
-from rotjax.locks import held
+from rotjax.locks import held, names
 from rotjax.recipe import Recipe, differences, from_json, to_json
 
 log = logging.getLogger(__name__)
@@ -45,11 +45,11 @@ def check_vacant(workdir: Path, recipe: Recipe) -> None:
             raise UsageError(f"{workdir} holds another run ({differences(saved, asked)}); name another workdir")
     elif workdir.exists() and not workdir.is_dir():
         raise UsageError(f"{workdir} is a file; name another workdir")
-    elif workdir.exists() and any(name != ".lock" for name in _names(workdir)):
+    elif workdir.exists() and any(name != ".lock" for name in _listed(workdir)):
         raise UsageError(f"{workdir} is not empty and holds no run; name another workdir")
 
 
-def _names(workdir: Path) -> list[str]:
+def _listed(workdir: Path) -> list[str]:
     try:
         return os.listdir(workdir)
     except OSError as error:
@@ -57,9 +57,10 @@ def _names(workdir: Path) -> list[str]:
 
 
 @contextmanager
-def claimed(workdir: Path, recipe: Recipe, data: Dataset) -> Iterator[None]:
+def claimed(workdir: Path, recipe: Recipe, data: Dataset) -> Iterator[Callable[[], None]]:
     """Makes `workdir` the run's, or finds that it is, and keeps other processes out meanwhile.
 
+    Yields what raises CheckpointError once `workdir` was moved away or replaced: to be asked before anything is written.
     Raises UsageError for a folder of another recipe or of something else, DataError where the run was started on other
     data, CheckpointError where it cannot be written, InUseError where a process is at work.
     """
@@ -68,14 +69,19 @@ def claimed(workdir: Path, recipe: Recipe, data: Dataset) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(held(workdir / ".lock", str(workdir)))
+            ours = stack.enter_context(held(workdir / ".lock", str(workdir)))
         except OSError as error:
             problem = error.strerror or str(error)
             raise CheckpointError(f"{workdir} cannot be written ({problem}); name another workdir") from error
         if not path.exists():
             write_json(path, to_json(recipe))
         _same_data(workdir / "data.json", data)
-        yield
+
+        def check() -> None:
+            if not ours():
+                raise CheckpointError(f"{workdir} was moved away or replaced; bring it back, then the same command goes on")
+
+        yield check
 
 
 @contextmanager
@@ -92,13 +98,16 @@ def metrics(workdir: Path, step: int) -> Iterator[tuple[list[dict], Callable[[di
         file = open(path, "a")  # noqa: SIM115
 
     def write(row: dict) -> None:
-        if not path.exists():  # the open file would go on taking rows that nobody finds
+        if not names(path, file.fileno()):  # the open file would go on taking rows that nobody finds
             raise CheckpointError(f"{path} is gone; bring {workdir} back, then the same command goes on")
         with _writing(workdir):
             print(json.dumps(row), file=file, flush=True)
 
-    with file:
+    try:
         yield rows, write
+    finally:
+        with _writing(workdir):  # once more what a full disk did not take
+            file.close()
 
 
 @contextmanager

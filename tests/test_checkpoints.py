@@ -150,6 +150,18 @@ def test_C3_what_is_only_named_like_a_step_is_left_alone(tmp_path, notes):
     equal(restored(tmp_path), state(5, 5))
 
 
+@pytest.mark.parametrize("make", [os.mkdir, lambda path: path.write_text("mine"), lambda path: path.symlink_to("3")])
+def test_C3_nothing_is_saved_over_what_was_not_saved_here(tmp_path, make):
+    saved(tmp_path, 3)
+    make(tmp_path / "7")
+    with pytest.raises(CheckpointError, match="7 is in the place of step 7, and was not saved here; move it away"):
+        saved(tmp_path, 7)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "3.json", "7"]
+    (tmp_path / "7").rename(tmp_path / "mine")
+    saved(tmp_path, 7)
+    equal(restored(tmp_path), state(7, 7))
+
+
 @pytest.mark.parametrize("left", ["5.orbax-checkpoint-tmp", "5"])
 def test_R2_what_an_unfinished_save_left_is_cleared_away(tmp_path, left):
     saved(tmp_path, 3)
@@ -210,23 +222,19 @@ def test_R2_killed_at_each_point_of_a_save(tmp_path, place, left):
 def test_C4_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     saved(tmp_path, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-    with pytest.raises(CheckpointError, match="no room to save step 2 in .*: 0 MB are needed, 0 MB free; make room"):
+    with pytest.raises(CheckpointError, match=r"no room to save step 2 in .*: 2\.7 kB are needed, 0\.0 kB free; make"):
         saved(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "1.json"]
 
 
 LIMITED = """
-import resource, signal, sys
+import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_checkpoints import saved
-from rotjax.errors import CheckpointError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from experiments import command
 resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
-try:
-    saved(Path(sys.argv[1]), 2)
-except CheckpointError as error:
-    print(error)
+raise SystemExit(command.guarded(lambda: saved(Path(sys.argv[1]), 2)))
 """
 
 
@@ -234,7 +242,9 @@ def test_C4_a_disk_that_fills_during_a_save_leaves_the_earlier_ones(tmp_path):
     saved(tmp_path, 1)
     words = [sys.executable, "-c", LIMITED, str(tmp_path), os.path.dirname(__file__)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.stdout.startswith("step 2 was not saved in ") and len(done.stdout.splitlines()) == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("rotjax: step 2 was not saved in ") and "kB are needed" in line and len(line) < 300
+    assert done.returncode == 4
     with checkpoints.open_checkpoints(tmp_path):  # clears away what was still being written
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "1.json"]
@@ -308,6 +318,18 @@ def test_C14_content_that_lies_neither_allocates_nor_runs(tmp_path, lie):
     assert not canary.exists() and {path.name for path in tmp_path.iterdir()} == {"1", "1.json"}
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
     gc.collect()
+
+
+@pytest.mark.parametrize("name", ["..", ".", "notes", "-1", "07", "\u0663", ""])
+def test_C14_a_marker_that_names_no_step_clears_nothing_away(tmp_path, name):
+    directory = tmp_path / "run" / "checkpoints"
+    saved(directory, 3)
+    for path in (tmp_path / "run" / "recipe.json", directory / "notes" / "mine", directory / f"{name}.unfinished"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("precious")
+    before = {path: path.read_bytes() for path in files(tmp_path)}
+    with checkpoints.open_checkpoints(directory):
+        assert {path: path.read_bytes() for path in files(tmp_path)} == before
 
 
 def test_C16_a_copy_elsewhere_restores(tmp_path):

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 import os
+import resource
 import signal
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import rotjax
+from experiments import command
 from rotjax.errors import CheckpointError, DataError, InUseError, NonFiniteError, Stopped, UsageError
 
 SMALL = dict(stem="cifar", width=4, batch_size=8, epochs=2, seed=1)
@@ -152,13 +154,17 @@ def test_D6_a_run_does_not_go_on_with_other_data(pretrained, data):
     assert before == {path: path.read_bytes() for path in pretrained.glob("*.json*")}
 
 
-def work(connection, workdir, checkpoint_seconds=0.0):
-    """A run of 96 steps that tells its rows."""
+def noise():
+    """A plan of 96 steps."""
     rng = np.random.default_rng(0)
     images = [{"image": rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8), "label": np.zeros(n, int)} for n in (64, 8)]
     recipe = rotjax.Rotation(stem="cifar", width=4, batch_size=8, epochs=12)
-    plan = rotjax.plan(recipe, data=rotjax.Dataset("noise", ("a",), *images))
-    for row in rotjax.train(plan, workdir, log_steps=3, checkpoint_seconds=checkpoint_seconds):
+    return rotjax.plan(recipe, data=rotjax.Dataset("noise", ("a",), *images))
+
+
+def work(connection, workdir, checkpoint_seconds=0.0):
+    """A run of 96 steps that tells its rows."""
+    for row in rotjax.train(noise(), workdir, log_steps=3, checkpoint_seconds=checkpoint_seconds):
         connection.send(row["step"])
 
 
@@ -371,6 +377,50 @@ def test_F3_a_workdir_that_is_moved_away_during_the_run_ends_it_in_a_line(data, 
             if row["step"] == 6:
                 (tmp_path / "run").rename(tmp_path / "elsewhere")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(("step", "seconds"), [(4, 1e9), (6, 0.0), (12, 1e9)])
+def test_F1_a_run_whose_workdir_became_another_run_s_leaves_that_one_alone(data, tmp_path, step, seconds):
+    """Whether a row, a checkpoint or the summary is what it would write next."""
+    workdir = tmp_path / "run"
+    with ExitStack() as stack:
+        with pytest.raises(CheckpointError) as caught:
+            rows = rotjax.train(
+                rotjax.plan(rotjax.Rotation(**SMALL), data=data), workdir, checkpoint_seconds=seconds, log_steps=2
+            )
+            for row in rows:
+                if row["step"] == step and workdir.exists() and not (tmp_path / "elsewhere").exists():
+                    while list(workdir.glob("checkpoints/*.unfinished")):  # Orbax writes to the path that it was given
+                        time.sleep(0.01)
+                    workdir.rename(tmp_path / "elsewhere")
+                    other = rotjax.plan(rotjax.Rotation(**(SMALL | {"seed": 2})), data=data)
+                    stack.enter_context(rotjax.workdirs.claimed(workdir, other.recipe, other.data))
+                    stack.enter_context(rotjax.workdirs.metrics(workdir, 0))
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+        assert sorted(path.name for path in workdir.rglob("*")) == [".lock", "data.json", "metrics.jsonl", "recipe.json"]
+        assert (workdir / "metrics.jsonl").read_text() == ""
+        with pytest.raises(InUseError):
+            list(rotjax.train(other, workdir))
+
+
+def fill(connection, workdir):
+    """A command in which the disk is full after step 9: the soft limit stands for it."""
+
+    def job():
+        for row in rotjax.train(noise(), workdir, log_steps=1, checkpoint_seconds=1e9):
+            if row["step"] == 9:
+                size = (workdir / "metrics.jsonl").stat().st_size + 20
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    return command.guarded(job)
+
+
+def test_C4_a_disk_that_is_full_between_saves_ends_the_run_in_a_line(start, tmp_path):
+    process, _ = start(tmp_path / "log", fill, tmp_path / "run")
+    process.join(timeout=120)
+    *_, compiling, line = (tmp_path / "log").read_text().splitlines()
+    assert process.exitcode == 4 and compiling == "compiling the train step"
+    assert line.startswith(f"rotjax: cannot write in {tmp_path / 'run'} (File too large); mend it") and len(line) < 300
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b/../..", ".", "..", "-rf", "a\0b", "x" * 300, "\u202e", "~/x/"])
