@@ -139,13 +139,17 @@ def latest_step(directory: Path) -> int:
 def load_parts(directory: Path, step: int, abstract: dict) -> dict:
     """The parts named in `abstract`, in its shapes and on its devices; CheckpointError for any mismatch, NaN or infinity."""
     try:
-        parts = ocp.load_checkpointables(_absolute(directory / str(step)), jax.tree.map(_abstract, abstract))
+        wanted = jax.tree.map(lambda leaf: _Abstract(leaf.shape, leaf.sharding), abstract)
+        parts = ocp.load_checkpointables(_absolute(directory / str(step)), wanted)
     except Exception as error:  # of Orbax, TensorStore, json: whatever odd content leads to
         cause: BaseException | None = error
         while cause := cause.__cause__ or cause.__context__:
             if isinstance(cause, KeyboardInterrupt):  # which Orbax takes for a fault of what it reads
                 raise KeyboardInterrupt from None
         raise CheckpointError(f"step {step} in {directory} cannot be loaded: {manifests.first_line(error)}") from error
+    for asked, found in zip(*map(jax.tree.leaves, (abstract, parts)), strict=True):
+        if asked.dtype != found.dtype:
+            raise CheckpointError(f"step {step} in {directory} holds {found.dtype}, not {asked.dtype}; name another workdir")
     if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(parts)):
         raise CheckpointError(f"step {step} in {directory} holds values that are not finite; begin anew in another workdir")
     return parts
@@ -219,5 +223,10 @@ def _parts(state: TrainState) -> dict[str, dict]:
     }
 
 
-def _abstract(leaf) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+@dataclass(frozen=True)
+class _Abstract:
+    """What Orbax is to load, as it was saved: asked for another dtype, it would convert without a word."""
+
+    shape: tuple[int, ...]
+    sharding: jax.sharding.Sharding
+    dtype: None = None
