@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 STEP = re.compile(r"(0|[1-9][0-9]{0,9})\.(json|unfinished)")
 LARGEST = 2**26  # bytes of a JSON file that is believed
@@ -34,15 +35,13 @@ def damage(directory: Path, step: int) -> str:
     """What is wrong with the files of `step`, in words; empty where they are those that were saved."""
     folder, manifest = directory / str(step), directory / f"{step}.json"
     try:
-        if manifest.stat().st_size > LARGEST:
-            raise ValueError("it is too large")
-        listed, paths = json.loads(manifest.read_text()), files(folder)
+        listed, paths = read_json(manifest), files(folder)
         if odd := sorted(set(listed) ^ set(paths)):
             found = f"{odd[0]} is {'missing' if odd[0] in listed else 'a stray'}"
         else:
             changed = next((path for path in paths if digest(folder / path) != listed[path]), None)
             found = changed and f"{changed} is not what was saved"
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         found = first_line(error)
     return f"checkpoint {step} in {directory} is damaged ({found})" if found else ""
 
@@ -95,6 +94,16 @@ def digest(path: Path, keep: bool = False) -> str:
         if keep:
             os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds that anybody may have written; raises OSError, or ValueError for any odd content."""
+    if path.stat().st_size > LARGEST:
+        raise ValueError("it is too large")
+    try:
+        return json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def first_line(error: BaseException) -> str:
