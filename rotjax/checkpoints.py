@@ -202,13 +202,14 @@ def _room(directory: Path, size: int) -> str:
     return "it is gone"
 
 
-def _say(kind: type[BaseException], error: BaseException, trace, say=sys.excepthook) -> None:
+def _say(unraisable, say=sys.unraisablehook) -> None:
     """Leaves out what TensorStore's threads say once Orbax, after a failure that we report, closed the loop they call."""
+    trace = unraisable.exc_traceback
     if trace is None or trace.tb_frame.f_code.co_name != "call_soon_threadsafe":
-        say(kind, error, trace)
+        say(unraisable)
 
 
-sys.excepthook = _say
+sys.unraisablehook = _say
 
 
 def _absolute(path: Path) -> str:
