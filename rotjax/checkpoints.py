@@ -7,7 +7,7 @@ manifest (`rotjax.manifests`), and for as long as its files are those that were 
 import logging
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from rotjax import manifests, parallel
-from rotjax.errors import CheckpointError
+from rotjax.errors import CheckpointError, in_bytes
 from rotjax.training import TrainState
 from rotjax.transfer import part
 
@@ -30,28 +30,30 @@ KEEP = 2  # so that a sound one is there while the newest is written
 
 @dataclass
 class Checkpoints:
-    """Those in `directory`, and the save that is `pending`."""
+    """Those in `directory`, the save that is `pending`, and what raises CheckpointError where they are no longer ours."""
 
     directory: Path
+    claim: Callable[[], None]
     pool: ThreadPoolExecutor
     pending: Future | None = None
 
 
 @contextmanager
-def open_checkpoints(directory: Path) -> Iterator[Checkpoints]:
+def open_checkpoints(directory: Path, claim: Callable[[], None] = lambda: None) -> Iterator[Checkpoints]:
     """The checkpoints in `directory`, cleared of unfinished ones; waits on leaving for a save under way.
 
-    Raises CheckpointError where nothing can be written, or where the last save failed.
+    Nothing is saved or removed once `claim` raises, see `workdirs.claimed`. Raises CheckpointError where nothing can be
+    written, or where the last save failed.
     """
     try:
         if parallel.primary():
             directory.mkdir(parents=True, exist_ok=True)
-            for marker in directory.glob("*.unfinished"):
-                manifests.discard(directory, marker.stem)
+            for step in manifests.unfinished(directory):
+                manifests.discard(directory, step)
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be written ({error.strerror}); name another workdir") from error
     pool = ThreadPoolExecutor(1)
-    checkpoints = Checkpoints(directory, pool)
+    checkpoints = Checkpoints(directory, claim, pool)
     try:
         yield checkpoints
         wait(checkpoints)
@@ -64,19 +66,20 @@ def save(checkpoints: Checkpoints, state: TrainState) -> None:
 
     Raises CheckpointError where this save cannot start or the one before it failed.
     """
-    step, directory = int(state.step), checkpoints.directory
+    step, directory, size = int(state.step), checkpoints.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with parallel.together():
         wait(checkpoints)
+        checkpoints.claim()
     if parallel.of_primary(parallel.primary() and _sound(directory, step)):
         return
     try:
         with parallel.together():
             if parallel.primary():
-                _begin(directory, step, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+                _begin(directory, step, size)
         response = ocp.save_checkpointables_async(_absolute(directory / str(step)), _parts(state), overwrite=True)
     except (OSError, ValueError) as error:
-        raise _unsaved(directory, step, error) from error
-    checkpoints.pending = checkpoints.pool.submit(_finish, directory, step, response)
+        raise _unsaved(directory, step, size, error) from error
+    checkpoints.pending = checkpoints.pool.submit(_finish, checkpoints, step, size, response)
 
 
 def check(checkpoints: Checkpoints) -> None:
@@ -136,52 +139,77 @@ def latest_step(directory: Path) -> int:
 def load_parts(directory: Path, step: int, abstract: dict) -> dict:
     """The parts named in `abstract`, in its shapes and on its devices; CheckpointError for any mismatch, NaN or infinity."""
     try:
-        parts = ocp.load_checkpointables(_absolute(directory / str(step)), jax.tree.map(_abstract, abstract))
+        wanted = jax.tree.map(lambda leaf: _Abstract(leaf.shape, leaf.sharding), abstract)
+        parts = ocp.load_checkpointables(_absolute(directory / str(step)), wanted)
     except Exception as error:  # of Orbax, TensorStore, json: whatever odd content leads to
         cause: BaseException | None = error
         while cause := cause.__cause__ or cause.__context__:
             if isinstance(cause, KeyboardInterrupt):  # which Orbax takes for a fault of what it reads
                 raise KeyboardInterrupt from None
         raise CheckpointError(f"step {step} in {directory} cannot be loaded: {manifests.first_line(error)}") from error
+    for asked, found in zip(*map(jax.tree.leaves, (abstract, parts)), strict=True):
+        if asked.dtype != found.dtype:
+            raise CheckpointError(f"step {step} in {directory} holds {found.dtype}, not {asked.dtype}; name another workdir")
     if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(parts)):
         raise CheckpointError(f"step {step} in {directory} holds values that are not finite; begin anew in another workdir")
     return parts
 
 
 def _begin(directory: Path, step: int, size: int) -> None:
-    """Marks `step` unfinished; raises CheckpointError where there is no room for its `size` in bytes."""
-    if (free := shutil.disk_usage(directory).free) < 1.1 * size:
-        sizes = f"{1.1 * size / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB free"
-        raise CheckpointError(f"no room to save step {step} in {directory}: {sizes}; make room, the same command goes on")
+    """Marks `step` unfinished; raises CheckpointError where its place is taken, or has no room for its `size` in bytes."""
+    if manifests.foreign(directory, step):
+        where = f"{directory / str(step)} is in the place of step {step}, and was not saved here"
+        raise CheckpointError(f"{where}; move it away, then the same command goes on")
+    if shutil.disk_usage(directory).free < 1.1 * size:
+        room = _room(directory, size)
+        raise CheckpointError(f"no room to save step {step} in {directory}: {room}; make room, the same command goes on")
     manifests.begin(directory, step)
 
 
-def _finish(directory: Path, step: int, response: ocp.AsyncResponse) -> None:
+def _finish(checkpoints: Checkpoints, step: int, size: int, response: ocp.AsyncResponse) -> None:
     """Once `step` is written by all processes, makes it count, and removes what is older than the newest `KEEP`."""
+    directory = checkpoints.directory
     try:
         response.result()
         if not parallel.primary():
             return
+        checkpoints.claim()
         manifests.finish(directory, step)
         listed = manifests.steps(directory)
         kept = [older for older in listed if older <= step][:KEEP]
         for other in set(listed) - set(kept):  # what is newer was damaged, or this run would not have begun before it
             manifests.remove(directory, other)
     except Exception as error:  # of Orbax and TensorStore too
-        with suppress(OSError):  # Orbax may still be writing other parts: then the next run clears away
+        with suppress(OSError, CheckpointError):  # Orbax may still be writing other parts: then the next run clears away
             if parallel.primary():
-                manifests.discard(directory, str(step))
-        raise _unsaved(directory, step, error) from error
+                checkpoints.claim()
+                manifests.discard(directory, step)
+        raise _unsaved(directory, step, size, error) from error
 
 
 def _sound(directory: Path, step: int) -> bool:
     return step in manifests.steps(directory) and not manifests.damage(directory, step)
 
 
-def _unsaved(directory: Path, step: int, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"step {step} was not saved in {directory}: {manifests.first_line(error)}; earlier ones are left as they were"
-    )
+def _unsaved(directory: Path, step: int, size: int, error: Exception) -> CheckpointError:
+    where = f"step {step} was not saved in {directory} ({_room(directory, size)})"
+    return CheckpointError(f"{where}: {manifests.first_line(error)}; earlier ones are left as they were")
+
+
+def _room(directory: Path, size: int) -> str:
+    with suppress(OSError):
+        return f"{in_bytes(1.1 * size)} are needed, {in_bytes(shutil.disk_usage(directory).free)} free"
+    return "it is gone"
+
+
+def _say(unraisable, say=sys.unraisablehook) -> None:
+    """Leaves out what TensorStore's threads say once Orbax, after a failure that we report, closed the loop they call."""
+    trace = unraisable.exc_traceback
+    if trace is None or trace.tb_frame.f_code.co_name != "call_soon_threadsafe":
+        say(unraisable)
+
+
+sys.unraisablehook = _say
 
 
 def _absolute(path: Path) -> str:
@@ -196,5 +224,10 @@ def _parts(state: TrainState) -> dict[str, dict]:
     }
 
 
-def _abstract(leaf) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+@dataclass(frozen=True)
+class _Abstract:
+    """What Orbax is to load, as it was saved: asked for another dtype, it would convert without a word."""
+
+    shape: tuple[int, ...]
+    sharding: jax.sharding.Sharding
+    dtype: None = None

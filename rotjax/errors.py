@@ -8,6 +8,12 @@ def launcher() -> str:
     return "uv run " if "UV" in os.environ else ""
 
 
+def in_bytes(count: float) -> str:
+    """`count` bytes in the unit in which they are one to three digits."""
+    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if count >= unit), (1e3, "kB"))
+    return f"{count / unit:,.1f} {name}"
+
+
 class RotjaxError(Exception):
     """What a caller can cause."""
 

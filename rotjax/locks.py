@@ -4,7 +4,7 @@ import fcntl
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,10 +14,12 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def held(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Holds the lock file `path` for `what`; where another process does, waits or raises InUseError.
+def held(path: Path, what: str, *, wait: bool = False) -> Iterator[Callable[[], bool]]:
+    """Holds the lock file `path` for `what`, and tells whether it still does; where another process does, waits or raises
+    InUseError.
 
-    A process that died holds nothing. Raises OSError where `path` cannot be written.
+    A process that died holds nothing; one whose `path` was moved away no longer does. Raises OSError where `path` cannot be
+    written.
     """
     while True:
         with open(path, "a+") as file:
@@ -30,19 +32,24 @@ def held(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
                     raise InUseError(f"{busy}; wait for it") from None
                 log.info(f"{busy}; waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not _names(path, file.fileno()):
+            if not names(path, file.fileno()):
                 continue  # whoever held it was done and has removed it
+            file.seek(0)
+            if died := file.read().strip():
+                log.info(f"taking {what} over from {died}, which died")
             try:
                 file.truncate(0)
                 print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-                yield
+                yield lambda: names(path, file.fileno())
             finally:
                 with suppress(OSError):
-                    path.unlink()
+                    if names(path, file.fileno()):  # else it is another process's
+                        path.unlink()
             return
 
 
-def _names(path: Path, descriptor: int) -> bool:
+def names(path: Path, descriptor: int) -> bool:
+    """Whether `path` leads to the file that is open as `descriptor`."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:

@@ -10,29 +10,38 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
-STEP = re.compile(r"(0|[1-9]\d{0,9})\.json")
+STEP = re.compile(r"(0|[1-9][0-9]{0,9})\.(json|unfinished)")
 LARGEST = 2**26  # bytes of a JSON file that is believed
 
 
 def steps(directory: Path) -> list[int]:
     """Those that have a manifest, the newest first."""
-    return sorted((int(found[1]) for path in directory.glob("*.json") if (found := STEP.fullmatch(path.name))), reverse=True)
+    return _marked(directory, "json")
+
+
+def unfinished(directory: Path) -> list[int]:
+    """Those that are marked so."""
+    return _marked(directory, "unfinished")
+
+
+def foreign(directory: Path, step: int) -> bool:
+    """Whether something lies in the place of `step` that was not saved here: it has neither manifest nor marker."""
+    return os.path.lexists(directory / str(step)) and step not in steps(directory) + unfinished(directory)
 
 
 def damage(directory: Path, step: int) -> str:
     """What is wrong with the files of `step`, in words; empty where they are those that were saved."""
     folder, manifest = directory / str(step), directory / f"{step}.json"
     try:
-        if manifest.stat().st_size > LARGEST:
-            raise ValueError("it is too large")
-        listed, paths = json.loads(manifest.read_text()), files(folder)
+        listed, paths = read_json(manifest), files(folder)
         if odd := sorted(set(listed) ^ set(paths)):
             found = f"{odd[0]} is {'missing' if odd[0] in listed else 'a stray'}"
         else:
             changed = next((path for path in paths if digest(folder / path) != listed[path]), None)
             found = changed and f"{changed} is not what was saved"
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         found = first_line(error)
     return f"checkpoint {step} in {directory} is damaged ({found})" if found else ""
 
@@ -56,12 +65,12 @@ def finish(directory: Path, step: int) -> None:
 def remove(directory: Path, step: int) -> None:
     """Removes `step`, which from the first moment on does not count."""
     (directory / f"{step}.json").rename(directory / f"{step}.unfinished")
-    discard(directory, str(step))
+    discard(directory, step)
 
 
-def discard(directory: Path, step: str) -> None:
+def discard(directory: Path, step: int) -> None:
     """Removes what there is of the unfinished `step`, the marker last."""
-    for path in (directory / step, *directory.glob(f"{step}.orbax-checkpoint-tmp*")):
+    for path in (directory / str(step), *directory.glob(f"{step}.orbax-checkpoint-tmp*")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
     (directory / f"{step}.json").unlink(missing_ok=True)
@@ -87,6 +96,22 @@ def digest(path: Path, keep: bool = False) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds that anybody may have written; raises OSError, or ValueError for any odd content."""
+    if path.stat().st_size > LARGEST:
+        raise ValueError("it is too large")
+    try:
+        return json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def first_line(error: BaseException) -> str:
     """What `error` says, up to 100 characters of its first line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+
+
+def _marked(directory: Path, kind: str) -> list[int]:
+    """The steps that have a file of this `kind`; any other name, such as `...unfinished`, is nobody's."""
+    found = (STEP.fullmatch(path.name) for path in directory.glob(f"*.{kind}"))
+    return sorted((int(match[1]) for match in found if match), reverse=True)

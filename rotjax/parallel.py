@@ -4,6 +4,7 @@ One device is the smallest mesh, and one process agrees with itself. Processes r
 them knows (the files, the clock, a signal, an error) they make known to all at the same point, or they would part.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -86,6 +87,12 @@ def highest(value: int) -> int:
 def of_primary(value: int) -> int:
     """The `value`, not negative, of the process that writes files; every process asks at the same point."""
     return highest(value if primary() else -1)
+
+
+def alike(words: str) -> bool:
+    """Whether every process says the same `words`; every process asks at the same point."""
+    digest = np.frombuffer(hashlib.sha256(words.encode()).digest(), np.uint32)
+    return alone() or bool((multihost_utils.process_allgather(digest) == digest).all())
 
 
 @contextmanager

@@ -186,7 +186,7 @@ def from_json(values: dict[str, Any], where: str) -> Recipe:
 
     Raises CheckpointError for what is not a recipe, one of a newer schema, or one with values that no recipe can have.
     """
-    if not isinstance(values, dict) or not isinstance(values.get("schema"), int) or values.get("job") not in JOBS:
+    if not isinstance(values, dict) or not isinstance(values.get("schema"), int) or values.get("job") not in list(JOBS):
         raise CheckpointError(f"{where} is not a recipe; point at a workdir that rotjax wrote")
     values = dict(values)
     schema, kind = values.pop("schema"), JOBS[values.pop("job")]
@@ -197,7 +197,7 @@ def from_json(values: dict[str, Any], where: str) -> Recipe:
     recipe = kind(**fields).resolved()
     for name, hint in get_type_hints(kind).items():
         if get_origin(hint) is not ClassVar and not _fits(value := getattr(recipe, name), hint):
-            raise CheckpointError(f"{where} is not a recipe: its {name} is {value!r}; name another workdir")
+            raise CheckpointError(f"{where} is not a recipe: its {name} is {str(value)[:40]!r}; name another workdir")
     try:
         check(recipe)
     except UsageError as error:

@@ -1,6 +1,7 @@
 """A plan carried out in a workdir, or gone on with, row by row."""
 
 import importlib.metadata
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,11 +16,11 @@ import optax
 
 from rotjax import checkpoints, optim, parallel, training, workdirs
 from rotjax.data import batches, tasks
-from rotjax.errors import Stopped
+from rotjax.errors import Stopped, UsageError
 from rotjax.models import Classifier
 from rotjax.parallel import data_mesh
 from rotjax.planning import Plan
-from rotjax.recipe import Classification, Recipe, Rotation
+from rotjax.recipe import Classification, Recipe, Rotation, to_json
 from rotjax.transfer import graft
 
 log = logging.getLogger(__name__)
@@ -30,16 +31,16 @@ def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_se
 
     Of several processes, which all call this, one writes; where they stop or save they agree every `log_steps` batches.
     Leaves `recipe.json`, `checkpoints/`, `metrics.jsonl` and, at the end, `summary.json`. Raises Stopped once SIGTERM or
-    SIGINT came and the state is saved, UsageError for a workdir of another recipe, InUseError where another process is
-    at work, NonFiniteError, CheckpointError, FellowError where another process of this run failed.
+    SIGINT came and the state is saved, UsageError for a workdir of another recipe or processes that differ, InUseError
+    where another process is at work, NonFiniteError, CheckpointError, FellowError where another process of this run failed.
     """
     began, workdir, recipe, mesh = time.perf_counter(), Path(workdir), plan.recipe, data_mesh()
+    _check_alike(plan, log_steps)
     with ExitStack() as stack:
         with parallel.together():
-            if parallel.primary():
-                stack.enter_context(workdirs.claimed(workdir, recipe, plan.data))
+            claim = stack.enter_context(workdirs.claimed(workdir, recipe, plan.data)) if parallel.primary() else _ignore
             stopping = stack.enter_context(workdirs.signals())
-            saved = stack.enter_context(checkpoints.open_checkpoints(workdir / "checkpoints"))
+            saved = stack.enter_context(checkpoints.open_checkpoints(workdir / "checkpoints", claim))
             newest = checkpoints.newest(saved.directory) if parallel.primary() else None
         first = parallel.of_primary(newest or 0)
         if parallel.of_primary(first == plan.steps and (workdir / "summary.json").exists()):
@@ -119,6 +120,7 @@ def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_se
         with parallel.together():
             checkpoints.wait(saved)
             if parallel.primary():
+                claim()
                 workdirs.write_json(workdir / "summary.json", summary)
 
 
@@ -151,6 +153,15 @@ def _build(plan: Plan) -> tuple[Classifier, optax.GradientTransformation, traini
     return model, optimizer, training.init_state(optimizer, variables)
 
 
+def _check_alike(plan: Plan, log_steps: int) -> None:
+    """Raises UsageError in every process where they were not all started on the same."""
+    if parallel.alone():
+        return
+    for name, value in {"recipe": to_json(plan.recipe), "data": plan.data.facts(), "log_steps": log_steps}.items():
+        if not parallel.alike(json.dumps(value, sort_keys=True)):
+            raise UsageError(f"the processes of this run differ in their {name}; start all with the same flags and data")
+
+
 class _Signalled(Exception):
     """It is time to save and to stop."""
 
@@ -163,8 +174,8 @@ def _until(stopping: Event, every: int, items: Iterable) -> Iterator:
         yield item
 
 
-def _ignore(row: dict) -> None:
-    """What processes write that are not the first."""
+def _ignore(*_) -> None:
+    """What processes that are not the first write, and ask before they do."""
 
 
 def _untested(plan: Plan, state: training.TrainState, logged: Sequence[dict]) -> list[dict]:

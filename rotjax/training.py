@@ -24,7 +24,7 @@ class TrainState:
     """Arrays only, so that saving it is saving the run.
 
     `variables` are what `model.apply` takes; `sums` are `loss`, `correct` and `count` since the epoch began, and `bad_step`,
-    the first of its steps whose loss or update was not finite, 0 while there is none.
+    the first of its steps whose loss or new variables were not finite, 0 while there is none.
     """
 
     step: jax.Array
@@ -74,7 +74,7 @@ def train_step(model: nn.Module, optimizer: optax.GradientTransformation, mesh: 
         updates, opt_state = optimizer.update(gradients, state.opt_state, params)
         variables = state.variables | updated | {"params": optax.apply_updates(params, updates)}
         count = len(batch["label"])
-        bad = ~(jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(updates)))  # of updates: gradients of the frozen cost
+        bad = ~(jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(variables)))  # of gradients: those of the frozen cost
         sums = {
             "loss": state.sums["loss"] + value * count,
             "correct": state.sums["correct"] + correct,
@@ -133,7 +133,7 @@ def fit(
 
     There is a row every `log_steps` steps, with that batch's metrics, and one at the end of an epoch (`epoch_steps`
     steps, or the last), see `epoch_row`. A yielded state lives until the next is asked for. Raises NonFiniteError with
-    the first row after a loss or an update that is not finite.
+    the first row after a loss or variables that are not finite.
     """
     for number, batch in zip(range(start + 1, steps + 1), batches, strict=False):
         if (number - 1) % epoch_steps == 0:
@@ -157,9 +157,9 @@ def epoch_row(state: TrainState, epoch: int) -> Row:
 
 
 def check_finite(state: TrainState) -> None:
-    """Raises NonFiniteError naming the first step of this epoch whose loss or update was not finite."""
+    """Raises NonFiniteError naming the first step of this epoch whose loss or new variables were not finite."""
     if bad := int(state.sums["bad_step"]):
-        raise NonFiniteError(f"the loss or its gradient is not finite at step {bad}; lower the learning rate")
+        raise NonFiniteError(f"the loss or the network is not finite at step {bad}; lower the learning rate")
 
 
 def _no_sums() -> dict[str, jax.Array]:

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from rotjax.data.augmentation import STREAM
 from rotjax.data.dataset import Dataset
 from rotjax.errors import CheckpointError, DataError, UsageError
-from rotjax.locks import held
+from rotjax.locks import held, names
+from rotjax.manifests import read_json
 from rotjax.recipe import Recipe, differences, from_json, to_json
 
 log = logging.getLogger(__name__)
@@ -25,7 +27,7 @@ def read_recipe(workdir: Path) -> Recipe:
     """The recipe of the run in `workdir`; raises CheckpointError where there is none."""
     path = workdir / "recipe.json"
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{workdir} holds no run (no recipe.json); name the workdir of a finished run") from None
     except (OSError, ValueError) as error:
@@ -38,28 +40,28 @@ def check_vacant(workdir: Path, recipe: Recipe) -> None:
 
     Classes, where `recipe` does not know them yet, are not compared.
     """
-    if (workdir / "recipe.json").exists():
+    try:
+        names = os.listdir(workdir)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise UsageError(f"{workdir} is a file, or below one; name another workdir") from None
+    except OSError as error:
+        raise CheckpointError(f"{workdir} cannot be read ({error.strerror}); name another workdir") from error
+    if "recipe.json" in names:
         saved = read_recipe(workdir)
         asked = dataclasses.replace(recipe, classes=recipe.classes or saved.classes)
         if saved != asked:
             raise UsageError(f"{workdir} holds another run ({differences(saved, asked)}); name another workdir")
-    elif workdir.exists() and not workdir.is_dir():
-        raise UsageError(f"{workdir} is a file; name another workdir")
-    elif workdir.exists() and any(name != ".lock" for name in _names(workdir)):
+    elif set(names) - {".lock"}:
         raise UsageError(f"{workdir} is not empty and holds no run; name another workdir")
 
 
-def _names(workdir: Path) -> list[str]:
-    try:
-        return os.listdir(workdir)
-    except OSError as error:
-        raise CheckpointError(f"{workdir} cannot be read ({error.strerror}); name another workdir") from error
-
-
 @contextmanager
-def claimed(workdir: Path, recipe: Recipe, data: Dataset) -> Iterator[None]:
+def claimed(workdir: Path, recipe: Recipe, data: Dataset) -> Iterator[Callable[[], None]]:
     """Makes `workdir` the run's, or finds that it is, and keeps other processes out meanwhile.
 
+    Yields what raises CheckpointError once `workdir` was moved away or replaced: to be asked before anything is written.
     Raises UsageError for a folder of another recipe or of something else, DataError where the run was started on other
     data, CheckpointError where it cannot be written, InUseError where a process is at work.
     """
@@ -68,14 +70,19 @@ def claimed(workdir: Path, recipe: Recipe, data: Dataset) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(held(workdir / ".lock", str(workdir)))
+            ours = stack.enter_context(held(workdir / ".lock", str(workdir)))
         except OSError as error:
             problem = error.strerror or str(error)
             raise CheckpointError(f"{workdir} cannot be written ({problem}); name another workdir") from error
         if not path.exists():
             write_json(path, to_json(recipe))
         _same_data(workdir / "data.json", data)
-        yield
+
+        def check() -> None:
+            if not ours():
+                raise CheckpointError(f"{workdir} was moved away or replaced; bring it back, then the same command goes on")
+
+        yield check
 
 
 @contextmanager
@@ -92,13 +99,16 @@ def metrics(workdir: Path, step: int) -> Iterator[tuple[list[dict], Callable[[di
         file = open(path, "a")  # noqa: SIM115
 
     def write(row: dict) -> None:
-        if not path.exists():  # the open file would go on taking rows that nobody finds
+        if not names(path, file.fileno()):  # the open file would go on taking rows that nobody finds
             raise CheckpointError(f"{path} is gone; bring {workdir} back, then the same command goes on")
         with _writing(workdir):
             print(json.dumps(row), file=file, flush=True)
 
-    with file:
+    try:
         yield rows, write
+    finally:
+        with _writing(workdir):  # once more what a full disk did not take
+            file.close()
 
 
 @contextmanager
@@ -153,16 +163,19 @@ def _writing(workdir: Path) -> Iterator[None]:
 
 
 def _same_data(path: Path, data: Dataset) -> None:
-    """Leaves at `path` what tells `data` from other data, or compares it with what is there; raises DataError."""
-    facts = data.facts()
+    """Leaves at `path` what tells `data` and its stream from others, or compares it with what is there; raises DataError."""
+    facts = data.facts() | {"stream": STREAM}
     if not path.exists():
         write_json(path, facts)
         return
     try:
-        before = json.loads(path.read_text())
+        before = {"stream": 1} | read_json(path)
         odd = [key for key in facts if facts[key] != before[key]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); name another workdir") from error
+    if "stream" in odd:
+        streams = f"stream {before['stream']}, here {STREAM}"
+        raise DataError(f"{path.parent} was started by a rotjax that draws other crops ({streams}); finish it with that one")
     if odd:
         changes = ", ".join(f"{key} {before[key]} -> {facts[key]}" for key in odd if key != "sample") or "other images"
         raise DataError(f"{path.parent} was started on other data ({changes}); bring that back, or name another workdir")

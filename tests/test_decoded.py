@@ -55,7 +55,7 @@ def names(folder):
 
 def test_stored_once_and_mapped(home, notes):
     check(decoded(KEY, 6, SIZE, records()))
-    assert notes == [f"decoding 6 images at 8 px into a 0.0 MB cache in {home / KEY}"]
+    assert notes == [f"decoding 6 images at 8 px into a 1.2 kB cache in {home / KEY}"]
     result = decoded(KEY, 6, SIZE, never())
     check(result)
     assert isinstance(result[0]["image"].base, np.memmap) and len(notes) == 1
@@ -184,7 +184,7 @@ def test_F4_no_cache_folder(tmp_path, monkeypatch, notes):
     for _ in range(2):
         notes.clear()
         check(decoded(KEY, 6, SIZE, records()))
-        assert len(notes) == 1 and "into 0.0 MB of memory" in notes[0]
+        assert len(notes) == 1 and "kB of memory" in notes[0]
     with pytest.raises(DataError, match=r"no cache for 10,000 images at 224 px .*XDG_CACHE_HOME.*1\.5 GB"):
         decoded(KEY, 10_000, 224, never())
 

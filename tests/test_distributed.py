@@ -1,11 +1,13 @@
 """Two processes that talk over loopback do what one does; where one of them stops or dies, no work is lost."""
 
+import dataclasses
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -56,6 +58,12 @@ def run(connection, workdir, pause=0):
         if row["step"] == pause and not parallel.primary():
             connection.send(pause)
             connection.recv()
+
+
+def differ(connection, workdir):
+    """A run for which each process has a seed of its own."""
+    own = dataclasses.replace(plan(), recipe=dataclasses.replace(plan().recipe, seed=jax.process_index()))
+    list(rotjax.train(own, workdir))
 
 
 def step_and_run(connection, folder):
@@ -134,18 +142,29 @@ def test_P2_two_processes_agree_with_one_and_share_each_batch(whole, tmp_path):
         assert abs(one[name] - two[0][name]).max() / scale < (1e-4 if "gradient" in name else 1e-5), name
 
 
+def test_P2_processes_that_were_started_on_different_recipes_are_refused(pair, tmp_path):
+    _, _, ends = pair(differ, tmp_path / "run")
+    said = "rotjax: the processes of this run differ in their recipe; start all with the same flags and data"
+    assert ends() == [(2, said)] * 2 and not (tmp_path / "run").exists()
+
+
 def test_P5_a_signal_to_one_of_two_processes_stops_both_at_one_step(stopped):
     workdir, ends = stopped
     assert ends == [(75, f"rotjax: stopped at step 4 of 16, saved in {workdir}; the same command goes on")] * 2
     assert checkpoints.newest(workdir / "checkpoints") == 4 and rows(workdir)[-1]["step"] == 4
 
 
-def test_P3_one_of_two_processes_is_killed_and_both_restarted(pair, stopped, whole, tmp_path):
+@pytest.mark.parametrize("victim", [0, 1])
+def test_P3_one_of_two_processes_is_killed_and_both_restarted(pair, stopped, whole, tmp_path, victim):
     workdir = shutil.copytree(stopped[0], tmp_path / "run")
-    (_, second), connection, ends = pair(run, workdir, 10)
+    processes, connection, ends = pair(run, workdir, 10)
     assert connection.recv() == 10
-    second.kill()
-    (code, line), _ = ends()
+    processes[victim].kill()
+    if victim == 0:
+        connection.send("go on")
+    killed = time.monotonic()
+    code, line = ends()[1 - victim]
+    assert time.monotonic() - killed < 60
     assert code == 75 and "another process of this run is gone" in line and "start all again" in line and len(line) < 300
     _, _, ends = pair(run, workdir)
     assert [code for code, _ in ends()] == [0, 0], ends()

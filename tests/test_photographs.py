@@ -442,4 +442,4 @@ def test_a_data_set_by_its_folder(folder, monkeypatch):
 def test_what_is_done_is_logged(folder, notes):
     paint_classes(folder)
     sources.load(str(folder), image_size=SIZE)
-    assert notes[0].startswith("decoding 20 images at 8 px into a 0.0 MB cache in ") and notes[1].startswith("18 images")
+    assert notes[0].startswith("decoding 20 images at 8 px into a 3.8 kB cache in ") and notes[1].startswith("18 images")

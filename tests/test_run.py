@@ -3,17 +3,23 @@
 import dataclasses
 import json
 import os
+import resource
+import shutil
 import signal
+import socket
+import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import rotjax
-from rotjax.errors import CheckpointError, DataError, InUseError, NonFiniteError, Stopped, UsageError
+from experiments import command
+from rotjax.errors import CheckpointError, DataError, InUseError, Stopped, UsageError
 
 SMALL = dict(stem="cifar", width=4, batch_size=8, epochs=2, seed=1)
 
@@ -120,27 +126,61 @@ def test_R3_a_signal_before_the_first_step_leaves_a_run_that_goes_on(pretrained,
     assert (tmp_path / "run/metrics.jsonl").read_text() == (pretrained / "metrics.jsonl").read_text()
 
 
-def test_N1_what_is_not_finite_stops_the_run_and_keeps_the_last_sound_checkpoint(data, tmp_path):
-    stream = []
+def spoil(connection, workdir, step):
+    """A command whose learning rate is not a number at `step`."""
+    rotjax.optim.piecewise = lambda rate, boundaries: lambda count: jnp.where(count + 1 == step, jnp.nan, rate)
 
-    def poisoned(state, *rest):
-        stream.append(int(state.step))
-        return real(state, *rest)
+    def job():
+        for row in rotjax.train(noise(), workdir, log_steps=1, checkpoint_seconds=0.0):
+            connection.send(row["step"])
 
-    real = rotjax.checkpoints.save
-    rotjax.checkpoints.save = poisoned
-    try:
-        with pytest.raises(NonFiniteError, match="not finite at step 1; lower the learning rate"):
-            carry_out(rotjax.Rotation(learning_rate=1e30, **SMALL), data, tmp_path / "run", checkpoint_seconds=0.0)
-    finally:
-        rotjax.checkpoints.save = real
-    assert stream == [] and not list((tmp_path / "run" / "checkpoints").iterdir())
+    return command.guarded(job)
+
+
+def test_N1_what_is_not_finite_stops_the_run_and_keeps_the_last_sound_checkpoint(start, tmp_path):
+    process, _ = start(tmp_path / "log", spoil, tmp_path / "run", 11)
+    process.join(timeout=120)
+    said = (tmp_path / "log").read_text().splitlines()[-1]
+    assert (process.exitcode, said) == (
+        5,
+        "rotjax: the loss or the network is not finite at step 11; lower the learning rate",
+    )
+    assert rotjax.checkpoints.newest(tmp_path / "run" / "checkpoints") == 10
+    rotjax.load(tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 10
+
+
+def test_C5_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(data, tmp_path, monkeypatch):
+    """Not at the next save, which may be a minute away."""
+
+    def fails(path):
+        raise OSError(28, "No space left on device")
+
+    def first_save_only(saved, state):
+        if int(state.step) and not opened:
+            opened.append(saved)
+            save(saved, state)
+
+    save, opened, steps = rotjax.run._save, [], []
+    monkeypatch.setattr(rotjax.manifests, "files", fails)
+    monkeypatch.setattr(rotjax.run, "_save", first_save_only)
+    plan = rotjax.plan(rotjax.Rotation(**SMALL), data=data)
+    with pytest.raises(CheckpointError, match="step 1 was not saved in .*No space left on device"):
+        for row in rotjax.train(plan, tmp_path / "run", log_steps=1, checkpoint_seconds=0.0):
+            steps.append(row["step"])
+            while row["step"] == 2 and opened[0].pending and not opened[0].pending.done():
+                time.sleep(0.01)
+    assert steps[-1] <= 2 and list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 def test_D6_a_run_does_not_go_on_with_other_data(pretrained, data):
     label = data.train["label"].copy()
     label[0] = 2
+    image = data.train["image"].copy()
+    image[17, 3, 4, 1] ^= 1
     others = [
+        (dataclasses.replace(data, train=data.train | {"image": image}), "other images"),
         (dataclasses.replace(data, train=data.train | {"label": label}), "other images"),
         (dataclasses.replace(data, test={key: value[:9] for key, value in data.test.items()}), "test_images 11 -> 9"),
         (dataclasses.replace(data, classes=("a", "b", "d")), "classes"),
@@ -152,13 +192,17 @@ def test_D6_a_run_does_not_go_on_with_other_data(pretrained, data):
     assert before == {path: path.read_bytes() for path in pretrained.glob("*.json*")}
 
 
-def work(connection, workdir, checkpoint_seconds=0.0):
-    """A run of 96 steps that tells its rows."""
+def noise():
+    """A plan of 96 steps."""
     rng = np.random.default_rng(0)
     images = [{"image": rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8), "label": np.zeros(n, int)} for n in (64, 8)]
     recipe = rotjax.Rotation(stem="cifar", width=4, batch_size=8, epochs=12)
-    plan = rotjax.plan(recipe, data=rotjax.Dataset("noise", ("a",), *images))
-    for row in rotjax.train(plan, workdir, log_steps=3, checkpoint_seconds=checkpoint_seconds):
+    return rotjax.plan(recipe, data=rotjax.Dataset("noise", ("a",), *images))
+
+
+def work(connection, workdir, checkpoint_seconds=0.0):
+    """A run of 96 steps that tells its rows."""
+    for row in rotjax.train(noise(), workdir, log_steps=3, checkpoint_seconds=checkpoint_seconds):
         connection.send(row["step"])
 
 
@@ -196,14 +240,19 @@ def kill_at_random(start, whole, workdir, times):
     seed = time.time_ns()
     print("seed", seed)
     rng = np.random.default_rng(seed)
+    codes = []
     for _ in range(times):
         process, connection = start(os.devnull, work, workdir)
+        seen = rng.integers(0, 3)
         with suppress(EOFError):  # where it came to its end
-            for _ in range(rng.integers(1, 4)):
+            for _ in range(seen):
                 connection.recv()
-        time.sleep(rng.uniform(0, 0.05))
+        time.sleep(rng.uniform(0, 0.05 if seen else 2))  # before the first row there is more to be done
         process.kill()
         process.join()
+        codes.append(process.exitcode)
+    print("exit codes", codes)
+    assert set(codes) <= {-9, 0} and codes.count(-9) > times // 2  # 0: where it came to its end
     undisturbed(start, workdir)
     same(workdir, whole)
 
@@ -252,6 +301,44 @@ def test_R14_what_is_frozen_stays_as_the_pretrained_run_left_it(pretrained, data
     logits = model.apply(variables, data.test["image"])
     assert summary(tmp_path / "run")["accuracy"] == pytest.approx((logits.argmax(-1) == data.test["label"]).mean())
     assert rows[-1]["test_accuracy"] == summary(tmp_path / "run")["accuracy"]
+
+
+def both(connection, folder):
+    """A pretraining of 12 steps and a transfer of 12, which go on where they stopped."""
+    recipe = dict(batch_size=8, max_steps=12)
+    data = noise().data
+    pretext = rotjax.Rotation(stem="cifar", width=4, **recipe)
+    for row in rotjax.train(rotjax.plan(pretext, data=data), folder / "pretext", log_steps=2, checkpoint_seconds=0.0):
+        connection.send(("pretext", row["step"]))
+    connection.send(("between", 0))
+    transfer = rotjax.Classification(pretrained=str(folder / "pretext"), trainable="head", **recipe)
+    for row in rotjax.train(rotjax.plan(transfer, data=data), folder / "transfer", log_steps=2, checkpoint_seconds=0.0):
+        connection.send(("transfer", row["step"]))
+
+
+def test_R14_killed_before_and_in_the_transfer_it_ends_with_the_same_bits(start, tmp_path):
+    for folder, points in {"killed": (("between", 0), ("transfer", 6), None), "whole": (None,)}.items():
+        for point in points:
+            process, connection = start(os.devnull, both, tmp_path / folder)
+            with suppress(EOFError):
+                while connection.recv() != point:
+                    pass
+                process.kill()
+            process.join()
+            assert process.exitcode == (-9 if point else 0)
+    for name in ("pretext", "transfer"):
+        one, other = tmp_path / "killed" / name, tmp_path / "whole" / name
+        assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+        jax.tree.map(np.testing.assert_array_equal, arrays(one), arrays(other))
+    assert summary(tmp_path / "killed" / "transfer")["resumed_from"]
+
+
+def test_R14_a_transfer_begins_with_the_pretrained_backbone_and_a_fresh_head(pretrained, data):
+    plan = rotjax.plan(rotjax.Classification(pretrained=str(pretrained), batch_size=8, seed=5), data=data)
+    _, _, state = rotjax.run._build(plan)
+    fresh, donor = rotjax.init_variables(plan.recipe.model(), 5, 8), rotjax.load(pretrained)[1]
+    for name, source in {"head": fresh, "backbone": donor}.items():
+        jax.tree.map(np.testing.assert_array_equal, rotjax.part(state.variables, name), rotjax.part(source, name))
 
 
 def test_an_epoch_of_a_subset_has_as_many_steps_as_of_the_whole(data, tmp_path):
@@ -311,12 +398,23 @@ def test_C10_a_recipe_of_a_later_rotjax_is_refused(data):
 
 
 @pytest.mark.parametrize(
-    "value", [{"width": "x"}, {"stem": "foo"}, {"seed": None}, {"seed": -1}, {"classes": [1]}, {"mean": [0, 0]}, {"flip": 1}]
-)
-def test_C9_a_recipe_with_values_that_none_can_have_is_refused(data, value):
+    "content",
+    [
+        "", "{", "[]", "null", "[" * 100_000, '{"schema": 1}', "\xff", "1" * 5000,
+        *({key: value} for key, value in {
+            "job": [], "schema": "1", "width": "x", "stem": "foo", "seed": None, "classes": [1], "mean": [0, 0], "flip": 1,
+            "dataset": 7, "backbone": ["x" * 1000], "image_size": 10**9, "std": [float("nan")] * 3, "epochs": {},
+        }.items()),
+        {"seed": -1},
+    ],
+)  # fmt: skip
+def test_U2_a_forged_recipe_is_refused_in_a_line(data, tmp_path, content):
     values = rotjax.recipe.to_json(rotjax.plan(rotjax.Classification(**SMALL), data=data).recipe)
-    with pytest.raises(CheckpointError, match=f"here is not a recipe: .*{next(iter(value))}"):
-        rotjax.recipe.from_json(values | value, "here")
+    text = json.dumps(values | content) if isinstance(content, dict) else content
+    (tmp_path / "recipe.json").write_text(text, encoding="latin-1")
+    with pytest.raises(CheckpointError, match="recipe.json (is not a recipe|cannot be read)") as caught:
+        rotjax.load(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 def test_C9_a_recipe_survives_its_json_and_an_older_one_is_completed(data):
@@ -332,11 +430,27 @@ def test_C7_a_workdir_of_another_recipe_is_refused(pretrained, data):
         carry_out(rotjax.Rotation(**(SMALL | {"seed": 2})), data, pretrained)
 
 
+CHANGES = dict(
+    backbone="resnet50", stem="imagenet", width=8, classes=("a", "b"), learning_rate=0.1, weight_decay=0.0, decay_epochs=3,
+    epochs=3, batch_size=16, image_size=16, dtype="bfloat16", mean=(0.0, 0.0, 0.0), trainable="head", subset=2, flip=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_C7_each_field_of_another_recipe_is_named(data, tmp_path, field):
+    recipe = rotjax.plan(rotjax.Classification(**SMALL), data=data).recipe
+    (tmp_path / "recipe.json").write_text(json.dumps(rotjax.recipe.to_json(recipe)))
+    rotjax.workdirs.check_vacant(tmp_path, recipe)
+    asked = dataclasses.replace(recipe, **{field: CHANGES[field]})
+    with pytest.raises(UsageError, match=rf"holds another run \({field} [^,]*.* -> [^,]*.*\); name another workdir"):
+        rotjax.workdirs.check_vacant(tmp_path, asked)
+
+
 def test_F2_a_folder_of_something_else_is_refused(data, tmp_path):
     (tmp_path / "photo.jpg").write_text("precious")
     with pytest.raises(UsageError, match="not empty and holds no run"):
         carry_out(rotjax.Rotation(**SMALL), data, tmp_path)
-    with pytest.raises(UsageError, match="is a file; name another workdir"):
+    with pytest.raises(UsageError, match="is a file, or below one; name another workdir"):
         carry_out(rotjax.Rotation(**SMALL), data, tmp_path / "photo.jpg")
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
 
@@ -345,24 +459,51 @@ def test_F1_a_workdir_in_use_is_refused(pretrained, data):
     plan = rotjax.plan(rotjax.Rotation(**SMALL), data=data)
     with (
         rotjax.workdirs.claimed(pretrained, plan.recipe, plan.data),
-        pytest.raises(InUseError, match=f"in use by process {os.getpid()}"),
+        pytest.raises(InUseError, match=f"in use by process {os.getpid()} on {socket.gethostname()}; wait"),
     ):
         list(rotjax.train(plan, pretrained))
 
 
-def test_F1_the_lock_of_a_process_that_died_is_taken_over(data, tmp_path):
-    carry_out(rotjax.Rotation(max_steps=2, **SMALL), data, tmp_path / "run")
-    (tmp_path / "run" / ".lock").write_text("process 1 on elsewhere\n")
-    (tmp_path / "run" / "summary.json").unlink()
-    carry_out(rotjax.Rotation(max_steps=2, **SMALL), data, tmp_path / "run")
-    assert summary(tmp_path / "run")["resumed_from"] == 2
+def test_F1_the_lock_of_a_process_that_died_is_taken_over_and_it_is_said(start, tmp_path, notes):
+    process, connection = start(os.devnull, work, tmp_path / "run")
+    connection.recv()
+    process.kill()
+    process.join()
+    with closing(rotjax.train(noise(), tmp_path / "run", log_steps=3)) as running:
+        next(running)
+    died = f"process {process.pid} on {socket.gethostname()}"
+    assert notes.count(f"taking {tmp_path / 'run'} over from {died}, which died") == 1
 
 
-def test_F3_a_workdir_that_cannot_be_made_is_refused_before_anything_compiles(data, tmp_path, notes):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(CheckpointError, match="file/run cannot be written"):
-        carry_out(rotjax.Rotation(**SMALL), data, tmp_path / "file" / "run")
-    assert notes == []
+def as_nobody(connection, job, *arguments):
+    """`job` by a user who may write nothing, where a test is run by one who may write anything."""
+    if os.getuid() == 0:
+        os.setuid(65534)
+    return command.guarded(lambda: connection.send(job(*arguments)))
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that others may read, as `tmp_path` may not."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+def train_noise(workdir):
+    return list(rotjax.train(noise(), workdir))
+
+
+def test_F3_a_workdir_that_cannot_be_made_is_refused_before_anything_compiles(start, open_folder, tmp_path):
+    (open_folder / "file").write_text("x")
+    for name, mode in (("read-only", 0o555), ("closed", 0)):
+        (open_folder / name).mkdir(mode=mode)
+    for name, code in {"file": 2, "read-only": 4, "closed": 4}.items():
+        log = tmp_path / name
+        process, _ = start(log, as_nobody, train_noise, open_folder / name / "run")
+        process.join(timeout=120)
+        (line,) = log.read_text().splitlines()
+        assert process.exitcode == code and str(open_folder / name / "run") in line and len(line) < 300, line
 
 
 def test_F3_a_workdir_that_is_moved_away_during_the_run_ends_it_in_a_line(data, tmp_path):
@@ -371,6 +512,50 @@ def test_F3_a_workdir_that_is_moved_away_during_the_run_ends_it_in_a_line(data, 
             if row["step"] == 6:
                 (tmp_path / "run").rename(tmp_path / "elsewhere")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(("step", "seconds"), [(4, 1e9), (6, 0.0), (12, 1e9)])
+def test_F1_a_run_whose_workdir_became_another_run_s_leaves_that_one_alone(data, tmp_path, step, seconds):
+    """Whether a row, a checkpoint or the summary is what it would write next."""
+    workdir = tmp_path / "run"
+    with ExitStack() as stack:
+        with pytest.raises(CheckpointError) as caught:
+            rows = rotjax.train(
+                rotjax.plan(rotjax.Rotation(**SMALL), data=data), workdir, checkpoint_seconds=seconds, log_steps=2
+            )
+            for row in rows:
+                if row["step"] == step and workdir.exists() and not (tmp_path / "elsewhere").exists():
+                    while list(workdir.glob("checkpoints/*.unfinished")):  # Orbax writes to the path that it was given
+                        time.sleep(0.01)
+                    workdir.rename(tmp_path / "elsewhere")
+                    other = rotjax.plan(rotjax.Rotation(**(SMALL | {"seed": 2})), data=data)
+                    stack.enter_context(rotjax.workdirs.claimed(workdir, other.recipe, other.data))
+                    stack.enter_context(rotjax.workdirs.metrics(workdir, 0))
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+        assert sorted(path.name for path in workdir.rglob("*")) == [".lock", "data.json", "metrics.jsonl", "recipe.json"]
+        assert (workdir / "metrics.jsonl").read_text() == ""
+        with pytest.raises(InUseError):
+            list(rotjax.train(other, workdir))
+
+
+def fill(connection, workdir):
+    """A command in which the disk is full after step 9: the soft limit stands for it."""
+
+    def job():
+        for row in rotjax.train(noise(), workdir, log_steps=1, checkpoint_seconds=1e9):
+            if row["step"] == 9:
+                size = (workdir / "metrics.jsonl").stat().st_size + 20
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    return command.guarded(job)
+
+
+def test_C4_a_disk_that_is_full_between_saves_ends_the_run_in_a_line(start, tmp_path):
+    process, _ = start(tmp_path / "log", fill, tmp_path / "run")
+    process.join(timeout=120)
+    *_, compiling, line = (tmp_path / "log").read_text().splitlines()
+    assert process.exitcode == 4 and compiling == "compiling the train step"
+    assert line.startswith(f"rotjax: cannot write in {tmp_path / 'run'} (File too large); mend it") and len(line) < 300
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b/../..", ".", "..", "-rf", "a\0b", "x" * 300, "\u202e", "~/x/"])
@@ -405,10 +590,42 @@ def test_D5_arrays_that_no_network_can_use_are_refused(image, label, message):
         rotjax.Dataset("mine", ("a", "b"), arrays, arrays)
 
 
-def test_C16_loading_needs_only_the_workdir(pretrained, tmp_path):
-    moved = tmp_path / "moved"
-    Path(pretrained).rename(moved)
+def load(workdir):
+    return arrays(workdir), rotjax.load(workdir)[2].dtype
+
+
+def test_C16_a_read_only_copy_of_a_workdir_is_enough_to_load(start, data, open_folder, tmp_path):
+    carry_out(rotjax.Rotation(max_steps=1, dtype="bfloat16", **SMALL), data, tmp_path / "run")
+    copy = shutil.copytree(tmp_path / "run", open_folder / "copy")
+    for path in (copy, *copy.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    expected, _ = load(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    process, connection = start(tmp_path / "log", as_nobody, load, copy)
     try:
-        assert dataclasses.is_dataclass(rotjax.load(moved)[2])
+        found, dtype = connection.recv()
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        assert dtype == "bfloat16"
+        process.join()
     finally:
-        moved.rename(pretrained)
+        for path in (copy, *copy.rglob("*")):
+            path.chmod(0o755)
+
+
+FIXTURES = Path(__file__).parent / "fixtures"  # workdirs, each as that version left it
+
+
+@pytest.mark.parametrize("archive", sorted(FIXTURES.iterdir()), ids=lambda path: path.name)
+def test_C9_a_workdir_of_each_version_loads(tmp_path, archive):
+    shutil.unpack_archive(archive, tmp_path, filter="data")
+    (workdir,) = tmp_path.iterdir()
+    model, variables, recipe = rotjax.load(workdir)
+    assert (recipe.job, recipe.width, recipe.classes) == ("classification", 2, ("a", "b", "c"))
+    logits = model.apply(variables, np.arange(192, dtype=np.uint8).reshape(1, 8, 8, 3))
+    np.testing.assert_allclose(logits, json.loads((workdir / "logits.json").read_text()), rtol=1e-4)
+
+
+def test_C9_a_run_does_not_go_on_with_another_stream_of_batches(pretrained, data, monkeypatch):
+    monkeypatch.setattr(rotjax.workdirs, "STREAM", 2)
+    with pytest.raises(DataError, match=r"a rotjax that draws other crops \(stream 1, here 2\); finish it with that one"):
+        carry_out(rotjax.Rotation(**SMALL), data, pretrained)

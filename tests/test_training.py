@@ -174,6 +174,16 @@ def test_N1_a_loss_that_is_not_a_number_stops_the_training():
             pass
 
 
+def test_N1_batch_statistics_that_are_not_finite_stop_the_training():
+    """Of pixels a billion times too large: normalised they give a finite loss and finite updates."""
+    model, optimizer = small(std=(1e-25,) * 3), rotjax.adamw(1e-3)
+    state = training.init_state(optimizer, training.init_variables(model, 0, 8))
+    state, metrics = training.train_step(model, optimizer)(state, batch())
+    assert np.isfinite(metrics["loss"]) and np.isfinite(optax.tree.norm(state.variables["params"]))
+    with pytest.raises(NonFiniteError, match="not finite at step 1;"):
+        training.check_finite(state)
+
+
 def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32():
     model, optimizer = small(dtype=jnp.bfloat16), rotjax.adamw(1e-3)
     state = training.init_state(optimizer, training.init_variables(model, 0, 8))

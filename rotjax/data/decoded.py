@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rotjax.data.batches import Arrays
-from rotjax.errors import DataError, InUseError
+from rotjax.errors import DataError, InUseError, in_bytes
 from rotjax.locks import held
 
 log = logging.getLogger(__name__)
@@ -43,15 +43,15 @@ def decoded(key: str, count: int, image_size: int, records: Iterable[Record]) ->
         except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
             if needed >= IN_MEMORY:
                 raise DataError(
-                    f"no cache for {what} ({error}); set XDG_CACHE_HOME to a folder with {_size(needed)}"
+                    f"no cache for {what} ({error}); set XDG_CACHE_HOME to a folder with {in_bytes(needed)}"
                 ) from None
-            log.warning(f"no cache ({error}); decoding {what} into {_size(needed)} of memory, on every run")
+            log.warning(f"no cache ({error}); decoding {what} into {in_bytes(needed)} of memory, on every run")
             return _in_memory(image_size, records)
         if (stored := _read(folder, image_size)) is not None:  # by the process that was waited for
             return stored
         try:
             _make_room(folder, what, needed)
-            log.info(f"decoding {what} into a {_size(needed)} cache in {folder}")
+            log.info(f"decoding {what} into a {in_bytes(needed)} cache in {folder}")
             _write(folder, image_size, records)
         except OSError as error:
             raise DataError(f"cannot decode into {folder} ({error}); set XDG_CACHE_HOME to another folder") from error
@@ -96,7 +96,7 @@ def _make_room(folder: Path, what: str, needed: int) -> None:
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
         raise DataError(
-            f"decoding {what} needs {_size(needed)} in {folder.parent}, where {_size(free)} are free; "
+            f"decoding {what} needs {in_bytes(needed)} in {folder.parent}, where {in_bytes(free)} are free; "
             "make room, lower the image size, or set XDG_CACHE_HOME to a folder on another disk"
         )
 
@@ -143,7 +143,3 @@ def _arrays(images: np.ndarray, labels: np.ndarray) -> Arrays:
     for array in arrays.values():
         array.flags.writeable = False
     return arrays
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
