@@ -6,7 +6,7 @@ import numpy as np
 
 from rotjax.rotation import whole_pixels
 
-STREAM = 1  # to be raised with every change of the batches that a seed gives: a run does not go on with others
+STREAM = 2  # to be raised with every change of the batches that a seed gives: a run does not go on with others
 Array = Any  # np.ndarray or jax.Array
 
 
