@@ -627,5 +627,5 @@ def test_C9_a_workdir_of_each_version_loads(tmp_path, archive):
 
 def test_C9_a_run_does_not_go_on_with_another_stream_of_batches(pretrained, data, monkeypatch):
     monkeypatch.setattr(rotjax.workdirs, "STREAM", 3)
-    with pytest.raises(DataError, match=r"a rotjax that draws other crops \(stream 1, here 2\); finish it with that one"):
+    with pytest.raises(DataError, match=r"a rotjax that draws other crops \(stream 2, here 3\); finish it with that one"):
         carry_out(rotjax.Rotation(**SMALL), data, pretrained)
