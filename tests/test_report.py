@@ -180,7 +180,8 @@ def test_summary_of_a_run(runs, job, capsys):
     key = "rotation_accuracy" if job == "rotation" else "accuracy"
     assert f"{summary[key]:.2%} on" in out and "13 test images" in out and str(workdir) in out
     assert all(name in out for name in report.FILES)
-    command = f"python -m experiments.classification --pretrained={workdir} --dataset=pets --image_size=16 --data_dir='/data of mine'"
+    flags = f"--pretrained={workdir} --dataset=pets --image_size=16 --data_dir='/data of mine'"
+    command = f"python -m experiments.classification {flags}"
     assert (command if job == "rotation" else f'rotjax.load("{workdir}")') in out
 
 
