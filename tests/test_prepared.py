@@ -140,6 +140,9 @@ def test_held_out(tmp_path, notes):
     parts = [first.train["image"], first.test["image"]]
     assert sorted(image.tobytes() for part in parts for image in part) == sorted(image.tobytes() for image, _ in examples)
     np.testing.assert_array_equal(first.test["image"], second.test["image"])
+    assert all(part.base is not None and isinstance(part.base.base, np.memmap) for part in parts), "in place, not copied"
+    order = [[image.tobytes() for image, _ in examples].index(image.tobytes()) for image in first.train["image"]]
+    assert order == sorted(order)
 
 
 def test_without_labels(tmp_path):

@@ -55,11 +55,11 @@ def load(
     tests = [split for split in ("test", "validation") if split in splits][:1]
     parts = _arrays(builder, ["train", *tests], len(classes), image_size, progress)
     if not tests:
-        held_out = _tenth(parts[0]["label"])
-        parts = [{key: value[rows] for key, value in parts[0].items()} for rows in (~held_out, held_out)]
-        log.info(
-            f"{name} has no test split: {held_out.sum():,} of {len(held_out):,} images, a tenth of each class, are held out"
-        )
+        count = len(labels := parts[0]["label"])
+        held_out = int(_tenth(labels).sum())  # as many whatever the order of the labels, and they come last
+        rows = (slice(count - held_out), slice(count - held_out, None))  # in place: the images may be more than memory holds
+        parts = [{key: value[part] for key, value in parts[0].items()} for part in rows]
+        log.info(f"{name} has no test split: {held_out:,} of {count:,} images, a tenth of each class, are held out")
     return Dataset(name, classes, *parts)
 
 
@@ -192,12 +192,16 @@ def _classes(builder: Builder) -> tuple[str, ...]:
 
 
 def _arrays(builder: Builder, splits: list[str], classes: int, image_size: int, progress: Callable) -> list[Arrays]:
-    """Each of `splits`, decoded: `{'image': u8[N,H,H,3], 'label': i32[N]}`; decoded again where a file has changed."""
+    """Each of `splits`, decoded: `{'image': u8[N,H,H,3], 'label': i32[N]}`; decoded again where a file has changed.
+
+    Of a single split the images of `_tenth` come last.
+    """
     folder, counts = Path(builder.data_path), [builder.info.splits[split].num_examples for split in splits]
     if not all(counts):
         raise DataError(f"the split {splits[counts.index(0)]} of {folder} has no images; name another data set")
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
-    records = chain.from_iterable(_records(builder, split, classes, image_size, progress) for split in splits)
+    alone = len(splits) == 1
+    records = chain.from_iterable(_records(builder, split, classes, image_size, progress, alone) for split in splits)
     key = fingerprint(str(folder.resolve()), states, splits, image_size)
     arrays, _ = decoded(key, sum(counts), image_size, records)
     ends = np.cumsum(counts)
@@ -207,29 +211,40 @@ def _arrays(builder: Builder, splits: list[str], classes: int, image_size: int, 
 
 
 def _records(
-    builder: Builder, split: str, classes: int, image_size: int, progress: Callable
+    builder: Builder, split: str, classes: int, image_size: int, progress: Callable, tenth_last: bool
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Pixels u8 `[H,H,3]` and label of each record; raises DataError for the first that is damaged."""
-    keys = ("image", "label") if classes else ("image",)
-    features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in keys})
-    # Decoded by Pillow whatever TFDS finds installed: OpenCV gives other pixels for the same JPEG.
-    decoders: Any = {"image": tfds.decode.SkipDecoding()}
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     source = builder.as_data_source(split, deserialize_method=raw, file_format="array_record")
-    for index in progress(range(len(source))):
-        try:
-            record: Any = features.deserialize_example_np(source[index], decoders=decoders)
-            with Image.open(io.BytesIO(record["image"]), formats=FORMATS) as image:
-                pixels = square(image, image_size)
-        except Exception as error:  # of array_record, protobuf or Pillow, which on damaged bytes raise nearly anything
-            shard = _shard(builder, split, index)
-            reason = f"{shard} is damaged at record {index} of {split} ({error})"
-            raise DataError(f"{reason}; remove {shard.parent} and prepare it again") from error
+    features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in ("label", "image")[not classes :]})
+    order = range(len(source))
+    if tenth_last:
+        label = tfds.features.FeaturesDict({"label": features["label"]}) if classes else None
+        labels = [_record(builder, split, source, label, index)["label"] if label else -1 for index in order]
+        order = np.argsort(_tenth(np.array(labels)), kind="stable").tolist()
+    for index in progress(order):
+        record = _record(builder, split, source, features, index, image_size)
         label = record["label"] if classes else -1
         if classes and not 0 <= label < classes:
             where = f"record {index} of {split} in {builder.data_path}"
             raise DataError(f"{where} has label {label}, which is none of {classes} classes; name another data set")
-        yield pixels, label
+        yield record["image"], label
+
+
+def _record(builder: Builder, split: str, source: Any, features: Any, index: int, image_size: int = 0) -> dict[str, Any]:
+    """The `features` of a record, an image as pixels; raises DataError where they are damaged."""
+    # Decoded by Pillow whatever TFDS finds installed: OpenCV gives other pixels for the same JPEG.
+    decoders: Any = {"image": tfds.decode.SkipDecoding()} if "image" in features else None
+    try:
+        record: Any = features.deserialize_example_np(source[index], decoders=decoders)
+        if "image" in features:
+            with Image.open(io.BytesIO(record["image"]), formats=FORMATS) as image:
+                record["image"] = square(image, image_size)
+        return record
+    except Exception as error:  # of array_record, protobuf or Pillow, which on damaged bytes raise nearly anything
+        shard = _shard(builder, split, index)
+        reason = f"{shard} is damaged at record {index} of {split} ({error})"
+        raise DataError(f"{reason}; remove {shard.parent} and prepare it again") from error
 
 
 def _shard(builder: Builder, split: str, index: int) -> Path:
