@@ -7,6 +7,7 @@ import shutil
 import signal
 import stat
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -101,14 +102,22 @@ def guarded(job) -> int:
         with report.listening(), parallel.deserted():
             job()
     except KeyboardInterrupt:
-        print("rotjax: stopped; the same command goes on", file=sys.stderr)
-        return Stopped.exit_code
+        return _failed(Stopped("stopped; the same command goes on"))
     except RotjaxError as error:
-        print(f"rotjax: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        if isinstance(error, DesertedError):
-            os._exit(error.exit_code)  # an orderly exit waits for the process that is gone
-        return error.exit_code
+        return _failed(error)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _failed(UsageError(f"out of memory ({' '.join(str(error).split())[:120]}); lower --batch_size"))
     return 0
+
+
+def _failed(error: RotjaxError) -> int:
+    """Says `error`; returns its exit code."""
+    report.complain(report.shortened(" ".join(str(error).split())))
+    if isinstance(error, DesertedError):
+        os._exit(error.exit_code)  # an orderly exit waits for the process that is gone
+    return error.exit_code
 
 
 def _interrupt(number, frame):
@@ -132,6 +141,7 @@ def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Pla
         raise UsageError("--log_steps is at least 1 and --checkpoint_seconds at least 0")
     if execution.distributed:
         parallel.join()
+    parallel.check_devices()
     if not parallel.primary():
         sys.stdout = None
     warn_of_idle_gpu()
@@ -154,18 +164,36 @@ def decoding(records):
 
 def cache_compilations() -> None:
     """Keeps compiled programs between runs, in a folder that only this user can write (they are run as code)."""
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    asked = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if asked and "://" in asked:  # a bucket, which has permissions of its own
         return
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rotjax" / "compiled"
     try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        folder = Path(asked) if asked else home.expanduser() / "rotjax" / "compiled"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
         if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise OSError(f"{folder} can be written by others")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         log.warning(f"no compilation cache: {error}")
+        jax.config.update("jax_compilation_cache_dir", None)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    _say_once("persistent compilation cache", f"{folder} is damaged; remove it, or every run compiles again")
+
+
+def _say_once(words: str, line: str) -> None:
+    """Python's warnings with `words` in them, of which a run may get hundreds, become one `line`."""
+    show, said = warnings.showwarning, []
+
+    def shown(message, *rest, **options):
+        if words not in str(message):
+            show(message, *rest, **options)
+        elif not said:
+            said.append(line)
+            log.warning(line)
+
+    warnings.showwarning = shown
 
 
 def warn_of_idle_gpu() -> None:

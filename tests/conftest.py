@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 CACHE = Path(__file__).parents[1] / ".cache" / "compiled"
+CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

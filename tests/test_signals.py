@@ -55,6 +55,21 @@ def call(start, tmp_path):
     return call
 
 
+def deaf(connection, *arguments):
+    """As `run` where nobody reads stdout and stderr any more: under `2>&1 | tee`, which Ctrl-C ends too."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for number in (1, 2):
+        os.dup2(writer, number)
+    return run(connection, *arguments)
+
+
+def test_F4_ctrl_c_where_the_reader_of_both_streams_is_gone(start, tmp_path):
+    process, _ = start(tmp_path / "log", deaf, tmp_path / "run", "train", [signal.SIGINT])
+    process.join(timeout=120)
+    assert process.exitcode == 75 and (tmp_path / "run/checkpoints/1").is_dir()
+
+
 def test_R3_in_each_phase_of_a_command_a_signal_loses_nothing(call, tmp_path):
     """Where a second one comes it stops at once, with nothing corrupt: the same run goes on."""
     workdir = tmp_path / "run"

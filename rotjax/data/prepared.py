@@ -64,8 +64,11 @@ def load(
 
 
 def home(data_dir: str | Path | None) -> Path:
-    """TFDS's folder of prepared data sets: `data_dir`, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    """TFDS's folder of prepared data sets: `data_dir`, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`; raises UsageError."""
+    try:
+        return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"this user has no home folder ({error}); name the folder of data sets, --data_dir") from error
 
 
 def qualified(name: str, image_size: int) -> str:
