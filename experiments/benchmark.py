@@ -124,6 +124,8 @@ def run(only: str, repeats: int, results: Path, profile: Path | None = None) -> 
     if repeats < 1:
         raise UsageError(f"--repeats={repeats} is too small; it is at least 1")
     asked = chosen(only)
+    command.check_folder("results", results)
+    command.check_folder("profile", profile)
     parallel.check_devices()
     if profile:
         step = speed.train_steps("resnet18", "imagenet")

@@ -8,6 +8,7 @@ import signal
 import stat
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -67,6 +68,8 @@ def cli(command, name: str, description: str | None = None) -> int:
     """Calls `command` with the flags of `python -m experiments.<name>`, which are its parameters; returns the exit code."""
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
     prog, args = f"python -m experiments.{name}", [_at_home(word) for word in sys.argv[1:]]
+    if flag := _without_value(args):
+        return _failed(UsageError(f"{flag} is given an empty value; give another, or leave it out"))
     return tyro.cli(command, args=args, prog=prog, description=description, config=config, use_underscores=True)
 
 
@@ -74,6 +77,25 @@ def _at_home(word: str) -> str:
     """`--flag=~/folder` as the shell hands on `--flag ~/folder`."""
     flag, equals, value = word.partition("=")
     return f"{flag}={os.path.expanduser(value)}" if equals and flag.startswith("--") else word
+
+
+def _without_value(args: Sequence[str]) -> str:
+    """The first flag with an empty value: as a path it would be the current folder, which is hardly meant."""
+    for before, word in zip(("", *args), args, strict=False):
+        flag, equals, value = word.partition("=")
+        if not word or (word.startswith("--") and equals and not value):
+            return flag or before or "a word"
+    return ""
+
+
+def check_folder(flag: str, path: Path | None, there: bool = False) -> None:
+    """Raises UsageError where `path`, the value of `flag`, can be no folder, or is none although it has to be `there`."""
+    try:
+        reason = "" if path is None or path.is_dir() else "it is a file" if path.exists() else "it does not exist" * there
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+    if reason:
+        raise UsageError(f"--{flag}={path} is no folder ({reason}); name another")
 
 
 def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:

@@ -42,8 +42,7 @@ def main() -> int:
 def run(files: Iterable[Path], results: Path) -> None:
     """Writes `reliability.json` in `results` from `files`, if any, and `reliability.md` from that and the list of faults."""
     faults, counts, to = known(), results / "reliability.json", results / "reliability.md"
-    if not results.is_dir():
-        raise UsageError(f"--results={results} is no folder; name one")
+    command.check_folder("results", results, there=True)
     if files:
         write_json(counts, outcome(files))
     if not counts.is_file():

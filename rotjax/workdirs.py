@@ -38,7 +38,12 @@ def check_vacant(workdir: Path, recipe: Recipe) -> None:
 
     Classes, where `recipe` does not know them yet, are not compared.
     """
-    if (workdir / "recipe.json").exists():
+    try:
+        holds_run = (workdir / "recipe.json").exists()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"--workdir={workdir} cannot be one ({reason}); name another workdir") from error
+    if holds_run:
         saved = read_recipe(workdir)
         asked = dataclasses.replace(recipe, classes=recipe.classes or saved.classes)
         if saved != asked:
