@@ -46,13 +46,17 @@ def _write(line: str, stream: TextIO | None) -> None:
 
 
 def shortened(line: str, most: int = 290) -> str:
-    """`line` of at most so many characters: its longest words, paths, lose their middle."""
+    """`line` of at most so many characters: its longest words, paths, lose their middle, last those of what to do."""
+    what, semicolon, remedy = line.partition("; ")
+    what = _cut(what, most - len(semicolon + remedy))
+    return _cut(what + semicolon + remedy, most)
+
+
+def _cut(line: str, most: int, least: int = 40) -> str:
+    """`line` of at most so many characters, or with no word longer than `least`, at the price of the middle of words."""
     words = line.split(" ")
-    while (over := sum(map(len, words)) + len(words) - 1 - most) > 0:
-        longest = max(words, key=len)
-        half = max(len(longest) - over - 3, 16) // 2
-        if len(longest) <= 2 * half + 3:
-            return f"{' '.join(words)[: most - 3]}..."
+    while (over := len(" ".join(words)) - most) > 0 and len(longest := max(words, key=len)) > least:
+        half = (max(len(longest) - over, least) - 3) // 2
         words[words.index(longest)] = f"{longest[:half]}...{longest[-half:]}"
     return " ".join(words)
 

@@ -57,6 +57,22 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def brief(monkeypatch):
+    """Every error of ours is one line of less than 300 characters, once words that are longer than 40 are cut."""
+    from rotjax.errors import RotjaxError
+
+    raised = []
+
+    def init(self, *arguments):
+        Exception.__init__(self, *arguments)
+        raised.append(str(self))
+
+    monkeypatch.setattr(RotjaxError, "__init__", init)
+    yield
+    assert not [line for line in raised if len(" ".join(word[:40] for word in line.split(" "))) > 290]
+
+
 @pytest.fixture
 def notes():
     """The lines that rotjax and its commands log."""

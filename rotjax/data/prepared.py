@@ -23,6 +23,9 @@ from rotjax.errors import DataError, RotjaxError, UsageError, launcher
 
 log = logging.getLogger(__name__)
 
+MEGABYTES = {  # that experiments.prepare downloads
+    "cifar10": 170, "imagenette/160px-v2": 99, "imagenette/320px-v2": 342, "imagenette/full-size-v2": 1557,
+}  # fmt: skip
 IMAGENETTE = {"160px-v2": 160, "320px-v2": 320, "full-size-v2": 512}  # the shorter sides in pixels, of the last about
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # that an image of TFDS may be encoded in
 NAME = re.compile(r"[A-Za-z_]\w*(/\w[\w.+-]*)?", re.ASCII)
@@ -88,9 +91,9 @@ def command(name: str, data_dir: Path) -> str:
             f" --data_dir={shlex.quote(str(data_dir))}" if elsewhere else ""
         )
     where = f"TFDS_DATA_DIR={shlex.quote(str(data_dir))} " if elsewhere else ""
-    packages = "--with=tensorflow-datasets --with=tensorflow --with=importlib-resources"
-    script = f"import tensorflow_datasets as tfds; tfds.builder('{name}', file_format='array_record').download_and_prepare()"
-    return f'{where}uv run --no-project --python=3.12 {packages} python -c "{script}"'  # `tfds build` asks for more packages
+    packages = "--with=tensorflow-datasets,tensorflow,importlib-resources"
+    script = f"import tensorflow_datasets as t;t.builder('{name}',file_format='array_record').download_and_prepare()"
+    return f'{where}uv run --no-project -p3.12 {packages} python -c "{script}"'  # `tfds build` asks for more packages
 
 
 def opened(folder: Path) -> Builder:
@@ -170,9 +173,12 @@ def _absent(name: str, data_dir: Path) -> RotjaxError:
     there = [f"{kind}/{other}" for other in _folders(data_dir / kind) if _versions(data_dir / kind / other)]
     where = str(data_dir) if data_dir.is_dir() else f"{data_dir}, which does not exist"
     others = f" ({', '.join(there)} is)" if there else ""
-    return DataError(
-        f"{name} is not prepared in {where}{others}; run: {command(name, data_dir)} (--dataset=digits needs nothing)"
-    )
+    todo = f"run: {command(name, data_dir)}"
+    if name in MEGABYTES:
+        todo += f" (downloads {MEGABYTES[name]} MB; --dataset=digits needs nothing)"
+    elif data_dir != home(None):  # the command, which is long, says where
+        return DataError(f"{name} is not prepared{others}; {todo}")
+    return DataError(f"{name} is not prepared in {where}{others}; {todo}")
 
 
 def _classes(builder: Builder) -> tuple[str, ...]:
@@ -246,7 +252,7 @@ def _record(builder: Builder, split: str, source: Any, features: Any, index: int
         return record
     except Exception as error:  # of array_record, protobuf or Pillow, which on damaged bytes raise nearly anything
         shard = _shard(builder, split, index)
-        reason = f"{shard} is damaged at record {index} of {split} ({error})"
+        reason = f"{shard} is damaged at record {index} of {split} ({str(error)[:80]})"
         raise DataError(f"{reason}; remove {shard.parent} and prepare it again") from error
 
 
