@@ -17,12 +17,24 @@ def _with_huge_pages():
             os.execv(sys.executable, sys.orig_argv)
 
 
+def _with_streams():
+    """Opens what the shell has closed of stdin, stdout and stderr: a file of the run would get its number and its lines."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout, sys.stderr = sys.stdout or open(1, "w", closefd=False), sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
 def _stop(number, frame):
-    os.write(2, b"rotjax: stopped; the same command goes on\n")
+    with suppress(OSError):
+        os.write(2, b"rotjax: stopped; the same command goes on\n")
     os._exit(75)
 
 
 if sys.argv[:1] == ["-m"]:  # `python -m experiments.<command>` has just begun, and imports for seconds
+    _with_streams()
     _with_huge_pages()
     for kind in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(kind) != signal.SIG_IGN:

@@ -16,6 +16,7 @@ from experiments import command, speed
 from experiments.outcomes import RESULTS
 from experiments.report import say
 from experiments.tables import table
+from rotjax import parallel
 from rotjax.errors import UsageError
 from rotjax.run import versions
 from rotjax.workdirs import write_json
@@ -124,6 +125,9 @@ def run(only: str, repeats: int, results: Path, profile: Path | None = None) -> 
     if repeats < 1:
         raise UsageError(f"--repeats={repeats} is too small; it is at least 1")
     asked = chosen(only)
+    command.check_folder("results", results)
+    command.check_folder("profile", profile)
+    parallel.check_devices()
     if profile:
         step = speed.train_steps("resnet18", "imagenet")
         with jax.profiler.trace(str(profile)):

@@ -7,6 +7,8 @@ import shutil
 import signal
 import stat
 import sys
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -66,6 +68,8 @@ def cli(command, name: str, description: str | None = None) -> int:
     """Calls `command` with the flags of `python -m experiments.<name>`, which are its parameters; returns the exit code."""
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
     prog, args = f"python -m experiments.{name}", [_at_home(word) for word in sys.argv[1:]]
+    if flag := _without_value(args):
+        return _failed(UsageError(f"{flag} is given an empty value; give another, or leave it out"))
     return tyro.cli(command, args=args, prog=prog, description=description, config=config, use_underscores=True)
 
 
@@ -73,6 +77,25 @@ def _at_home(word: str) -> str:
     """`--flag=~/folder` as the shell hands on `--flag ~/folder`."""
     flag, equals, value = word.partition("=")
     return f"{flag}={os.path.expanduser(value)}" if equals and flag.startswith("--") else word
+
+
+def _without_value(args: Sequence[str]) -> str:
+    """The first flag with an empty value: as a path it would be the current folder, which is hardly meant."""
+    for before, word in zip(("", *args), args, strict=False):
+        flag, equals, value = word.partition("=")
+        if not word or (word.startswith("--") and equals and not value):
+            return flag or before or "a word"
+    return ""
+
+
+def check_folder(flag: str, path: Path | None, there: bool = False) -> None:
+    """Raises UsageError where `path`, the value of `flag`, can be no folder, or is none although it has to be `there`."""
+    try:
+        reason = "" if path is None or path.is_dir() else "it is a file" if path.exists() else "it does not exist" * there
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+    if reason:
+        raise UsageError(f"--{flag}={path} is no folder ({reason}); name another")
 
 
 def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
@@ -101,14 +124,22 @@ def guarded(job) -> int:
         with report.listening(), parallel.deserted():
             job()
     except KeyboardInterrupt:
-        print("rotjax: stopped; the same command goes on", file=sys.stderr)
-        return Stopped.exit_code
+        return _failed(Stopped("stopped; the same command goes on"))
     except RotjaxError as error:
-        print(f"rotjax: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        if isinstance(error, DesertedError):
-            os._exit(error.exit_code)  # an orderly exit waits for the process that is gone
-        return error.exit_code
+        return _failed(error)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _failed(UsageError(f"out of memory ({' '.join(str(error).split())[:120]}); lower --batch_size"))
     return 0
+
+
+def _failed(error: RotjaxError) -> int:
+    """Says `error`; returns its exit code."""
+    report.complain(report.shortened(" ".join(str(error).split())))
+    if isinstance(error, DesertedError):
+        os._exit(error.exit_code)  # an orderly exit waits for the process that is gone
+    return error.exit_code
 
 
 def _interrupt(number, frame):
@@ -132,6 +163,7 @@ def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Pla
         raise UsageError("--log_steps is at least 1 and --checkpoint_seconds at least 0")
     if execution.distributed:
         parallel.join()
+    parallel.check_devices()
     if not parallel.primary():
         sys.stdout = None
     warn_of_idle_gpu()
@@ -154,18 +186,36 @@ def decoding(records):
 
 def cache_compilations() -> None:
     """Keeps compiled programs between runs, in a folder that only this user can write (they are run as code)."""
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    asked = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if asked and "://" in asked:  # a bucket, which has permissions of its own
         return
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rotjax" / "compiled"
     try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        folder = Path(asked) if asked else home.expanduser() / "rotjax" / "compiled"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
         if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise OSError(f"{folder} can be written by others")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         log.warning(f"no compilation cache: {error}")
+        jax.config.update("jax_compilation_cache_dir", None)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    _say_once("persistent compilation cache", f"{folder} is damaged; remove it, or every run compiles again")
+
+
+def _say_once(words: str, line: str) -> None:
+    """Python's warnings with `words` in them, of which a run may get hundreds, become one `line`."""
+    show, said = warnings.showwarning, []
+
+    def shown(message, *rest, **options):
+        if words not in str(message):
+            show(message, *rest, **options)
+        elif not said:
+            said.append(line)
+            log.warning(line)
+
+    warnings.showwarning = shown
 
 
 def warn_of_idle_gpu() -> None:

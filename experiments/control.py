@@ -68,6 +68,8 @@ def carry_out(name: str, workdirs: Path, results: Path, data_dir: Path | None) -
     run = next((run for run in runs(seeds=3) if run.name == name), None)
     if run is None:
         raise UsageError(f"--run={name} is none; see python -m experiments.reproduce --list --seeds=3")
+    command.check_folder("workdirs", workdirs, there=run.after is not None)
+    command.check_folder("results", results)
     try:
         networks()
     except ImportError as error:

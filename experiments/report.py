@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -24,25 +24,48 @@ FILES = ("recipe.json", "metrics.jsonl", "summary.json", "checkpoints/", *figure
 
 
 def say(line: str) -> None:
-    """Prints `line` above any bar; characters that stdout does not know become '?', a reader that has gone is no error."""
-    if sys.stdout is None:
+    """Prints `line` above any bar."""
+    _write(line, sys.stdout)
+
+
+def complain(line: str) -> None:
+    """Prints `line` on stderr."""
+    _write(f"rotjax: {line}", sys.stderr)
+
+
+def _write(line: str, stream: TextIO | None) -> None:
+    """Characters that `stream` does not know become '?'; a reader that has gone, or a full disk, is no error."""
+    if stream is None:
         return
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        tqdm.write(line.encode(encoding, "replace").decode(encoding), file=sys.stdout)
-        sys.stdout.flush()
-    except BrokenPipeError:  # as under `| head`: no reason to lose hours of training
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        tqdm.write(line.encode(encoding, "replace").decode(encoding), file=stream)
+        stream.flush()
+    except OSError:  # as under `| head`, or `| tee` at Ctrl-C: no reason to lose hours of training
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def shortened(line: str, most: int = 290) -> str:
+    """`line` of at most so many characters: its longest words, paths, lose their middle, last those of what to do."""
+    what, semicolon, remedy = line.partition("; ")
+    what = _cut(what, most - len(semicolon + remedy))
+    return _cut(what + semicolon + remedy, most)
+
+
+def _cut(line: str, most: int, least: int = 40) -> str:
+    """`line` of at most so many characters, or with no word longer than `least`, at the price of the middle of words."""
+    words = line.split(" ")
+    while (over := len(" ".join(words)) - most) > 0 and len(longest := max(words, key=len)) > least:
+        half = (max(len(longest) - over, least) - 3) // 2
+        words[words.index(longest)] = f"{longest[:half]}...{longest[-half:]}"
+    return " ".join(words)
 
 
 class Lines(logging.Handler):
     """Says what is logged."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno < logging.WARNING:
-            say(record.getMessage())
-        else:
-            tqdm.write(f"rotjax: {record.getMessage()}", file=sys.stderr)
+        (say if record.levelno < logging.WARNING else complain)(record.getMessage())
 
 
 @contextmanager

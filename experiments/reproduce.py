@@ -59,6 +59,8 @@ def run(settings: Settings) -> None:
     for name in ("seeds", "max_steps"):
         if (value := getattr(settings, name)) is not None and value < 1:
             raise UsageError(f"--{name}={value} is too small; it is at least 1")
+    command.check_folder("workdirs", settings.workdirs)
+    command.check_folder("results", settings.results)
     every = runs(settings.seeds)
     if settings.max_steps:
         every = [shortened(run, settings.max_steps) for run in every]

@@ -24,9 +24,16 @@ def main() -> int:
         Args:
             results: Folder of the results.
         """
-        return command.guarded(lambda: (write(results), say(str(results / "README.md"))))
+        return command.guarded(lambda: run(results))
 
     return command.cli(tables, "tables")
+
+
+def run(results: Path) -> None:
+    """Writes the page and says where it is."""
+    command.check_folder("results", results, there=True)
+    write(results)
+    say(str(results / "README.md"))
 
 
 def write(folder: Path) -> None:

@@ -70,6 +70,18 @@ def join() -> None:
         ) from error
 
 
+def check_devices() -> None:
+    """Raises UsageError where JAX has no device of those that it is asked for."""
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:  # the first, without a word, where there is no GPU
+        said = " ".join(str(error).split())[:100] or "it sees none"
+        asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+        raise UsageError(
+            f"JAX finds no device for {asked} ({said}); install rotjax[cuda12] or [tpu], or unset it"
+        ) from error
+
+
 def alone() -> bool:
     return jax.process_count() == 1
 
@@ -113,7 +125,7 @@ def deserted() -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # one or the other, as the step was under way or to start
-        if alone() or str(error).partition(":")[0] not in LOST:
+        if str(error).partition(":")[0] not in LOST or alone():
             raise
         said = str(error).splitlines()[0][:100]
         raise DesertedError(

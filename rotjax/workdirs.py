@@ -46,8 +46,11 @@ def check_vacant(workdir: Path, recipe: Recipe) -> None:
         return
     except NotADirectoryError:
         raise UsageError(f"{workdir} is a file, or below one; name another workdir") from None
-    except OSError as error:
+    except PermissionError as error:
         raise CheckpointError(f"{workdir} cannot be read ({error.strerror}); name another workdir") from error
+    except (OSError, ValueError) as error:  # of a name that no folder can have
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"--workdir={workdir} cannot be one ({reason}); name another workdir") from error
     if "recipe.json" in names:
         saved = read_recipe(workdir)
         asked = dataclasses.replace(recipe, classes=recipe.classes or saved.classes)

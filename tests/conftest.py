@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 CACHE = Path(__file__).parents[1] / ".cache" / "compiled"
+CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -54,6 +55,22 @@ def _child(log, function, *arguments):
 def own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache of decoded images."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch):
+    """Every error of ours is one line of less than 300 characters, once words that are longer than 40 are cut."""
+    from rotjax.errors import RotjaxError
+
+    raised = []
+
+    def init(self, *arguments):
+        Exception.__init__(self, *arguments)
+        raised.append(str(self))
+
+    monkeypatch.setattr(RotjaxError, "__init__", init)
+    yield
+    assert not [line for line in raised if len(" ".join(word[:40] for word in line.split(" "))) > 290]
 
 
 @pytest.fixture

@@ -63,7 +63,8 @@ def test_C6_a_step_that_is_saved_is_not_saved_again(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in files(tmp_path)} == before
 
 
-def test_C1_a_flipped_bit_anywhere_is_noticed(tmp_path, notes):
+def test_C1_a_flipped_bit_anywhere_is_noticed(tmp_path, notes, record_property):
+    record_property("trials", 60)
     saved(tmp_path, 1, 2)
     seed = int.from_bytes(os.urandom(4))
     print("seed", seed)

@@ -70,6 +70,14 @@ def test_key_depends_on_every_fact():
     assert fingerprint("a\udcff", {"x": 1, "y": 2}) == fingerprint("a\udcff", {"y": 2, "x": 1})
 
 
+def flip(path):
+    """Changes one bit, and neither the size nor the times of the file."""
+    content, times = bytearray(path.read_bytes()), path.stat()
+    content[-20] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -78,6 +86,9 @@ def test_key_depends_on_every_fact():
         lambda folder: (folder / "image.raw").unlink(),
         lambda folder: os.truncate(folder / "label.npy", 0),
         lambda folder: os.truncate(folder / "label.npy", 140),
+        lambda folder: flip(folder / "image.raw"),
+        lambda folder: flip(folder / "label.npy"),
+        lambda folder: flip(folder / "metadata.json"),
         lambda folder: np.save(folder / "label.npy", np.zeros(4, np.int32)),
         lambda folder: np.save(folder / "label.npy", np.zeros(5)),
         lambda folder: np.save(folder / "label.npy", np.array([{}] * 5), allow_pickle=True),
@@ -93,9 +104,18 @@ def test_D4_damage_is_noticed_and_mended(home, damage, notes):
     damage(home / KEY)
     notes.clear()
     check(decoded(KEY, 6, SIZE, records()))
-    assert notes[0] == f"{home / KEY} is damaged; decoding again"
+    assert notes[0] == f"{home / KEY} is damaged, or not of this user; decoding again"
     check(decoded(KEY, 6, SIZE, never()))
     assert names(home) == [KEY]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
+def test_D4_a_cache_of_another_user_is_not_read(home, notes):
+    check(decoded(KEY, 6, SIZE, records()))
+    os.chown(home / KEY, 12345, 12345)
+    with pytest.raises(AssertionError, match="decoded again"):
+        decoded(KEY, 6, SIZE, never())
+    assert "not of this user" in notes[1]
 
 
 def test_D4_killed_while_decoding(home, notes):

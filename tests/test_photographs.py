@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import rotjax
 from rotjax.data import sources, tasks
 from rotjax.data.batches import train_batches
 from rotjax.data.photographs import load
@@ -183,27 +186,50 @@ def test_refused(folder, tmp_path):
     refused(folder, r"none of the 2 images in .* can be read: a\.png \(empty\), b\.jpg \(not an image that Pillow opens\)")
 
 
-def test_a_class_without_images_is_refused(folder):
-    paint_classes(folder)
-    (folder / "birds").mkdir()
-    refused(folder, "photos has no image of class birds")
-    (folder / "birds" / "a.png").write_bytes(b"")
-    refused(folder, "no readable image to train on of class birds")
-
-
-def test_other_classes_in_test_are_refused(folder):
-    paint_classes(folder / "train")
-    paint_classes(folder / "test", 1, ("cats", "cows"))
-    refused(folder, "do not both have the classes cows, dogs")
-    (folder / "train").rename(folder / "test" / "cows" / "train")
+def test_a_split_without_train_is_refused(folder):
+    paint_classes(folder / "test", 1)
     refused(folder, "has test but no folder train")
 
 
-def test_a_class_unreadable_in_test_is_refused(folder):
+# What has no classes after all is enough for rotation, and the log says why
+
+
+def unclassed(folder, notes, message):
+    """Loads without classes as many images as with them; classification refuses them."""
+    notes.clear()
+    data = load(folder, SIZE)
+    assert data.classes == () and {*data.train["label"], *data.test["label"]} == {-1}
+    assert f"{message}: its images are taken without classes" in "\n".join(notes)
+    recipe = rotjax.Classification(dataset=str(folder), stem="cifar", image_size=SIZE, batch_size=2)
+    with pytest.raises(DataError, match="photos has no classes; put its images into one folder per class"):
+        rotjax.plan(recipe)
+    return data
+
+
+def test_a_class_without_images(folder, notes):
+    paint_classes(folder)
+    before = shades(load(folder, SIZE).test)
+    (folder / "birds").mkdir()
+    data = unclassed(folder, notes, "photos has no readable image to train on of class birds")
+    assert shades(data.test) == before, "what is held out stays so once the folder is put right"
+    (folder / "birds" / "a.png").write_bytes(b"")
+    unclassed(folder, notes, "photos has no readable image to train on of class birds")
+
+
+def test_other_classes_in_test_or_none(folder, notes):
+    paint_classes(folder / "train")
+    paint_classes(folder / "test", 1, ("cats", "cows"))
+    unclassed(folder, notes, "train and test do not both have the classes cows, dogs")
+    shutil.rmtree(folder / "test")
+    paint(folder / "test" / "a.png")
+    assert len(unclassed(folder, notes, "train and test do not both have the classes cats, dogs").test["label"]) == 1
+
+
+def test_a_class_unreadable_in_test(folder, notes):
     paint_classes(folder / "train")
     paint_classes(folder / "test", 1)
     (folder / "test" / "dogs" / "00.png").write_bytes(b"")
-    refused(folder, "no readable image to test on of class dogs")
+    unclassed(folder, notes, "photos has no readable image to test on of class dogs")
 
 
 # Files
@@ -239,7 +265,12 @@ def test_unreadable_files_are_counted_and_named(folder, notes):
         (line,) = (note for note in notes if "cannot be read" in note)
         reasons = "cats/a.png (empty), cats/b.jpg (not an image that Pillow opens), cats/c.png ("
         assert line.startswith(f"9 of 29 images cannot be read and are left out: {reasons}")
-        assert line.endswith("cats/d.jpg (not a file), cats/e.jpg (not a file) and 4 more")
+        few, _, path = line.partition(" and 4 more; all are named in ")
+        assert few.endswith("cats/d.jpg (not a file), cats/e.jpg (not a file)")
+        named = json.loads(Path(path).read_text())["dropped"].values()
+        assert sorted(name.split(" ")[0] for name in named) == [
+            f"cats/{file}" for file in sorted(p.name for p in cats.glob("[a-z]*"))
+        ]
     assert len(names) == 1
     for name in "abcde":
         (cats / next(cats.glob(f"{name}.*"))).unlink()

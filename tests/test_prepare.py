@@ -221,6 +221,7 @@ def test_disk_too_small(tmp_path):
 def test_catalogue():
     found = {name: archives.catalogued(name.partition("/")[0], filename) for name, filename in prepare.ARCHIVES.items()}
     assert set(found) == {"cifar10", *(f"imagenette/{config}" for config in prepared.IMAGENETTE)}
+    assert {name: round(archive.size / 1e6) for name, archive in found.items()} == prepared.MEGABYTES
     assert found["cifar10"] == Archive(
         "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         170052171,

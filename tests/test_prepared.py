@@ -140,6 +140,9 @@ def test_held_out(tmp_path, notes):
     parts = [first.train["image"], first.test["image"]]
     assert sorted(image.tobytes() for part in parts for image in part) == sorted(image.tobytes() for image, _ in examples)
     np.testing.assert_array_equal(first.test["image"], second.test["image"])
+    assert all(part.base is not None and isinstance(part.base.base, np.memmap) for part in parts), "in place, not copied"
+    order = [[image.tobytes() for image, _ in examples].index(image.tobytes()) for image in first.train["image"]]
+    assert order == sorted(order)
 
 
 def test_without_labels(tmp_path):
@@ -211,19 +214,22 @@ def test_not_prepared(tmp_path, monkeypatch, no_network):
         return str(caught.value)
 
     here = f"is not prepared in {tmp_path}; run:"
-    assert line("cifar10") == f"cifar10 {here} python -m experiments.prepare cifar10 {free}"
-    assert line("imagenette") == f"imagenette/160px-v2 {here} python -m experiments.prepare imagenette {free}"
+    assert line("cifar10") == f"cifar10 {here} python -m experiments.prepare cifar10 (downloads 170 MB; {free[1:]}"
+    assert (
+        line("imagenette")
+        == f"imagenette/160px-v2 {here} python -m experiments.prepare imagenette (downloads 99 MB; {free[1:]}"
+    )
     ours = "python -m experiments.prepare imagenette --image_size=320"
-    assert line("imagenette", 224) == f"imagenette/320px-v2 {here} {ours} {free}"
-    theirs = "uv run --no-project --python=3.12 --with=tensorflow-datasets --with=tensorflow --with=importlib-resources"
-    script = "import tensorflow_datasets as tfds; tfds.builder('mnist', file_format='array_record').download_and_prepare()"
-    assert line("mnist") == f'mnist {here} {theirs} python -c "{script}" {free}'
+    assert line("imagenette", 224) == f"imagenette/320px-v2 {here} {ours} (downloads 342 MB; {free[1:]}"
+    theirs = "uv run --no-project -p3.12 --with=tensorflow-datasets,tensorflow,importlib-resources"
+    script = "import tensorflow_datasets as t;t.builder('mnist',file_format='array_record').download_and_prepare()"
+    assert line("mnist") == f'mnist {here} {theirs} python -c "{script}"'
     other = tmp_path / "it's elsewhere"
     quoted = f"{tmp_path}/it'\"'\"'s elsewhere"
     there = f"is not prepared in {other}, which does not exist; run:"
     ours = f"python -m experiments.prepare cifar10 --data_dir='{quoted}'"
-    assert line("cifar10", data_dir=other) == f"cifar10 {there} {ours} {free}"
-    assert line("mnist", data_dir=other).startswith(f"mnist {there} TFDS_DATA_DIR='{quoted}' {theirs}")
+    assert line("cifar10", data_dir=other) == f"cifar10 {there} {ours} (downloads 170 MB; {free[1:]}"
+    assert line("mnist", data_dir=other).startswith(f"mnist is not prepared; run: TFDS_DATA_DIR='{quoted}' {theirs}")
     write(tmp_path, {"train": pictures(1)}, name="imagenette", config="full-size-v2")
     assert f"prepared in {tmp_path} (imagenette/full-size-v2 is); run:" in line("imagenette")
 

@@ -204,6 +204,19 @@ def test_F4_say_survives_its_reader_and_its_encoding():
     assert (closed.returncode, closed.stderr) == (7, b"")
 
 
+@pytest.mark.parametrize("line", ["x" * 5000, f"/{'a' * 400}/{'b' * 400} is none; name /{'c' * 400}", "short", "no " * 90])
+def test_a_line_is_shortened_where_its_words_are_long(line):
+    short = report.shortened(line)
+    assert len(short) <= 290 and (short == line if len(line) <= 290 else "..." in short)
+    assert " is none; name /ccc" in short or "none" not in line
+
+
+def test_what_to_do_is_shortened_last():
+    remedy = f"run: prepare --data_dir=/{'c' * 150}"
+    short = report.shortened(f"/{'a' * 200} is not there; {remedy}")
+    assert short.endswith(f"aaa is not there; {remedy}") and len(short) in (289, 290)
+
+
 def test_the_library_does_not_load_matplotlib():
     program = "import sys, rotjax; sys.exit('matplotlib' in sys.modules or 'tqdm' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

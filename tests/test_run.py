@@ -257,7 +257,8 @@ def kill_at_random(start, whole, workdir, times):
     same(workdir, whole)
 
 
-def test_R1_a_run_killed_at_any_point_ends_with_the_same_bits(start, whole, tmp_path):
+def test_R1_a_run_killed_at_any_point_ends_with_the_same_bits(start, whole, tmp_path, record_property):
+    record_property("trials", 20)
     kill_at_random(start, whole, tmp_path / "killed", 20)
 
 

@@ -55,10 +55,27 @@ def call(start, tmp_path):
     return call
 
 
-def test_R3_in_each_phase_of_a_command_a_signal_loses_nothing(call, tmp_path):
+def deaf(connection, *arguments):
+    """As `run` where nobody reads stdout and stderr any more: under `2>&1 | tee`, which Ctrl-C ends too."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for number in (1, 2):
+        os.dup2(writer, number)
+    return run(connection, *arguments)
+
+
+def test_F4_ctrl_c_where_the_reader_of_both_streams_is_gone(start, tmp_path):
+    process, _ = start(tmp_path / "log", deaf, tmp_path / "run", "train", [signal.SIGINT])
+    process.join(timeout=120)
+    assert process.exitcode == 75 and (tmp_path / "run/checkpoints/1").is_dir()
+
+
+def test_R3_in_each_phase_of_a_command_a_signal_loses_nothing(call, tmp_path, record_property):
     """Where a second one comes it stops at once, with nothing corrupt: the same run goes on."""
     workdir = tmp_path / "run"
-    assert call(workdir, "compile", [signal.SIGTERM, signal.SIGINT])[0] == 128 + signal.SIGINT
+    record_property("trials", 3 + len(PHASES))
+    for phase in ("compile", "save", "evaluate"):
+        assert call(workdir, phase, [signal.SIGTERM, signal.SIGINT])[0] == 128 + signal.SIGINT
     for number, phase in enumerate(PHASES):
         code, said = call(workdir, phase, [(signal.SIGTERM, signal.SIGINT)[number % 2]])
         assert code == 75 and "Traceback" not in said, (phase, said)
@@ -70,6 +87,16 @@ def test_R3_in_each_phase_of_a_command_a_signal_loses_nothing(call, tmp_path):
     assert (workdir / "metrics.jsonl").read_text() == (tmp_path / "undisturbed/metrics.jsonl").read_text()
     one, other = (rotjax.load(folder)[1] for folder in (workdir, tmp_path / "undisturbed"))
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_C1_the_command_says_on_stderr_that_it_passes_over_a_damaged_checkpoint(call, tmp_path):
+    assert call(tmp_path / "run")[0] == 0
+    data = max((tmp_path / "run/checkpoints/6").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])
+    code, said = call(tmp_path / "run")
+    (line,) = (line for line in said.splitlines() if "damaged" in line)
+    assert code == 0 and line.startswith("rotjax: checkpoint 6 in ") and line.endswith("trying step 5")
+    assert "going on from step 5 of 6" in said
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])

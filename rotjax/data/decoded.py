@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 Record = tuple[np.ndarray | str, int]  # pixels u8 [H,H,3], or why there are none; label
 
+FILES = ("image.raw", "label.npy")
 DECODER = 1  # to be raised with every change of the pixels that a file gives
 IN_MEMORY = 10**9  # bytes up to which a set that cannot be stored is held in memory
 
@@ -65,6 +66,14 @@ def fingerprint(*facts: Any) -> str:
     return hashlib.sha256(json.dumps([DECODER, *facts], sort_keys=True).encode()).hexdigest()[:32]
 
 
+def listing(key: str) -> Path | None:
+    """The file that lists the records without pixels and the reasons, None where nothing is stored under `key`."""
+    with suppress(OSError, RuntimeError):
+        if (path := _home() / key / "metadata.json").is_file():
+            return path
+    return None
+
+
 def _home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rotjax" / "decoded"
 
@@ -75,8 +84,11 @@ def _read(folder: Path, image_size: int) -> tuple[Arrays, dict[int, str]] | None
         about = json.loads((folder / "metadata.json").read_text())
         shape = (about["count"], image_size, image_size, 3)
         dropped = {int(number): str(reason) for number, reason in about["dropped"].items()}
-        labels, path = np.load(folder / "label.npy", allow_pickle=False), folder / "image.raw"
-        if path.stat().st_size != math.prod(shape) or labels.shape != shape[:1] or labels.dtype != np.int32:
+        path = folder / "image.raw"
+        if folder.stat().st_uid != os.getuid() or path.stat().st_size != math.prod(shape) or not _same(folder, about):
+            return None
+        labels = np.load(folder / "label.npy", allow_pickle=False)
+        if labels.shape != shape[:1] or labels.dtype != np.int32:
             return None
         images = np.memmap(path, np.uint8, "r", shape=shape) if len(labels) else np.empty(shape, np.uint8)
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
@@ -84,10 +96,22 @@ def _read(folder: Path, image_size: int) -> tuple[Arrays, dict[int, str]] | None
     return _arrays(images, labels), dropped
 
 
+def _same(folder: Path, about: dict) -> bool:
+    """Whether the files that `about` lists are what they were, byte for byte."""
+    return all(_digest(folder / name) == about["sha256"][name] for name in FILES)
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a whole file. On every run, at 1 GB/s or more: a time of change alone would not tell what a disk has lost,
+    and the pages that it reads are those that training asks for next."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _make_room(folder: Path, what: str, needed: int) -> None:
     """Removes what is damaged, and what runs that died while decoding left: their locks are free. Raises DataError."""
     if folder.exists():
-        log.warning(f"{folder} is damaged; decoding again")
+        log.warning(f"{folder} is damaged, or not of this user; decoding again")
         shutil.rmtree(folder)
     shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)
     for lock in folder.parent.glob("*.lock"):
@@ -111,7 +135,8 @@ def _write(folder: Path, image_size: int, records: Iterable[Record]) -> None:
             file.flush()
             os.fsync(file.fileno())
         np.save(partial / "label.npy", labels, allow_pickle=False)
-        about = {"count": len(labels), "image_size": image_size, "dropped": dropped}
+        digests = {name: _digest(partial / name) for name in FILES}
+        about = {"count": len(labels), "image_size": image_size, "dropped": dropped, "sha256": digests}
         (partial / "metadata.json").write_text(json.dumps(about, indent=1) + "\n")
         os.replace(partial, folder)
     finally:

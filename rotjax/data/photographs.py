@@ -17,11 +17,12 @@ from PIL import Image, UnidentifiedImageError
 
 from rotjax.data.batches import Arrays, check_fits
 from rotjax.data.dataset import Dataset
-from rotjax.data.decoded import Record, decoded, fingerprint
+from rotjax.data.decoded import Record, decoded, fingerprint, listing
 from rotjax.data.pixels import square
 from rotjax.errors import DataError
 
 TRAIN, TESTS = "train", ("test", "validation", "val")  # of several the first is tested on
+MOST = 5  # names in a line
 UNDRAWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow opens but leaves to other programs to draw
 UNOPENED = {".heic", ".heif"}  # photographs all the same: better counted as unreadable than passed over
 
@@ -39,9 +40,10 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
     Each subfolder is a class, with the images anywhere below it; images without subfolders have no classes. Where folders
     `train` and `test` (or `validation`, `val`) hold such folders or images, they are the split; else a tenth of each class
     is held out, chosen by file name and by nothing else, so that no two runs disagree on it. `progress` wraps the names
-    of the files while they are decoded, once: see `decoded`. The split and everything left out are logged.
-    Raises DataError where a class, the training or the test set has no image, or the two differ in their classes;
-    UsageError where there are fewer files to train on than a batch has images.
+    of the files while they are decoded, once: see `decoded`. The split and everything left out are logged, and so is a set
+    that has no classes after all: one of them has no image, or training and test set differ in them.
+    Raises DataError where the training or the test set has no image, UsageError where there are fewer files to train on
+    than a batch has images.
     """
     try:
         photographs, border, classes, held_out = _found(folder)
@@ -55,21 +57,24 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         records = _records(folder, image_size, photographs, progress)
         arrays, dropped = decoded(key, len(photographs), image_size, records)
-    unreadable = sorted(f"{_shown(photographs[number].name)} ({_shown(reason)})" for number, reason in dropped.items())
+    unreadable = sorted(dropped.values())
     if len(unreadable) == len(photographs):
         raise DataError(f"none of the {len(photographs):,} images in {_shown(folder)} can be read: {_few(unreadable)}")
     if unreadable:
         log.warning(
             f"{len(unreadable):,} of {len(photographs):,} images cannot be read and are left out: {_few(unreadable)}"
+            + (f"; all are named in {path}" if len(unreadable) > MOST and (path := listing(key)) else "")
         )
     border -= sum(number < border for number in dropped)
     train, test = ({key: value[rows] for key, value in arrays.items()} for rows in (slice(border), slice(border, None)))
-    _check(folder, classes, train, test, held_out)
+    classes = _checked(folder, classes, train, test, held_out)
+    if not classes:
+        train, test = ({**part, "label": np.full_like(part["label"], -1)} for part in (train, test))
     return Dataset(folder.resolve().name, classes, train, test)
 
 
-def _check(folder: Path, classes: tuple[str, ...], train: Arrays, test: Arrays, held_out: bool) -> None:
-    """Tells the sizes of a set that can be trained on, raises DataError for another."""
+def _checked(folder: Path, classes: tuple[str, ...], train: Arrays, test: Arrays, held_out: bool) -> tuple[str, ...]:
+    """The classes, none where one lacks images; tells the sizes of a set to train on, raises DataError for one too small."""
     counts = [len(part["label"]) for part in (train, test)]
     if not all(counts):
         raise DataError(
@@ -81,11 +86,19 @@ def _check(folder: Path, classes: tuple[str, ...], train: Arrays, test: Arrays, 
         if missing := [name for label, name in enumerate(classes) if label not in present]:
             line = f"no readable image to {job} on of class {_few(missing)}"
             if part is train or not held_out:
-                raise DataError(f"{_shown(folder)} has {line}; add some or remove the folder")
+                classes = _unclassed(f"{_shown(folder)} has {line}")
+                break
             log.warning(line)
     kinds = f"{len(classes)} class{'es' * (len(classes) != 1)} ({_few(classes)})" if classes else "no classes"
     split = f", a tenth{' of each class' if classes else ''} held out by file name whatever the seed" if held_out else ""
     log.info(f"{counts[0]:,} images to train on, {counts[1]:,} to test on{split}; {kinds}")
+    return classes
+
+
+def _unclassed(reason: str) -> tuple[str, ...]:
+    """No classes, and a line that says why: to predict rotations the images are enough."""
+    log.warning(f"{reason}: its images are taken without classes")
+    return ()
 
 
 def _found(folder: Path) -> tuple[list[Photograph], int, tuple[str, ...], bool]:
@@ -97,10 +110,8 @@ def _found(folder: Path) -> tuple[list[Photograph], int, tuple[str, ...], bool]:
         return train + test, len(train), classes, True
     test_classes, test = _classes(folder, test_root)
     if odd := sorted(set(classes) ^ set(test_classes)):
-        raise DataError(
-            f"{_shown(train_root)} and {_shown(test_root)} do not both have the classes {_few(odd)}; give them the same "
-            f"folders, or take {_shown(test_root.name)} away to have a share held out"
-        )
+        names = f"{_shown(train_root.name)} and {_shown(test_root.name)}"
+        classes = _unclassed(f"in {_shown(folder)} {names} do not both have the classes {_few(odd)}")
     return train + test, len(train), classes, False
 
 
@@ -128,9 +139,6 @@ def _classes(folder: Path, root: Path) -> tuple[tuple[str, ...], list[Photograph
     strange = _few(f"{count:,} {_shown(suffix) or 'without'}" for suffix, count in others.most_common())
     beside, *images = ([file for file in files if _suffix(file) in _suffixes()] for files in (beside, *below.values()))
     tops = list(below) if any(images) else []
-    empty = [_shown(top.name) for top, files in zip(tops, images, strict=False) if not files]
-    if empty:
-        raise DataError(f"{_shown(root)} has no image of class {_few(empty)}; add some or remove the folder")
     if not tops and not beside:
         raise DataError(f"{_shown(root)} holds no images ({strange or 'no files'}); name a folder of images")
     if tops and beside:
@@ -194,7 +202,8 @@ def _state(path: Path) -> tuple[int, int, bool]:
 def _records(folder: Path, image_size: int, photographs: list[Photograph], progress: Callable) -> Iterator[Record]:
     names = progress([photograph.name for photograph in photographs])
     for pixels, photograph in zip(_ahead(partial(_pixels, folder, image_size), names), photographs, strict=True):
-        yield pixels, photograph.label
+        lacking = isinstance(pixels, str)
+        yield f"{_shown(photograph.name)} ({_shown(pixels)})" if lacking else pixels, photograph.label
 
 
 def _pixels(folder: Path, image_size: int, name: str) -> np.ndarray | str:
@@ -241,10 +250,10 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in Image.ID if name not in UNDRAWN)
 
 
-def _few(words: Iterable[str], most: int = 5) -> str:
+def _few(words: Iterable[str]) -> str:
     words = list(words)
-    more = f" and {len(words) - most:,} more" if len(words) > most else ""
-    return ", ".join(words[:most]) + more
+    more = f" and {len(words) - MOST:,} more" if len(words) > MOST else ""
+    return ", ".join(words[:MOST]) + more
 
 
 def _shown(words: object) -> str:

@@ -23,6 +23,9 @@ from rotjax.errors import DataError, RotjaxError, UsageError, launcher
 
 log = logging.getLogger(__name__)
 
+MEGABYTES = {  # that experiments.prepare downloads
+    "cifar10": 170, "imagenette/160px-v2": 99, "imagenette/320px-v2": 342, "imagenette/full-size-v2": 1557,
+}  # fmt: skip
 IMAGENETTE = {"160px-v2": 160, "320px-v2": 320, "full-size-v2": 512}  # the shorter sides in pixels, of the last about
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # that an image of TFDS may be encoded in
 NAME = re.compile(r"[A-Za-z_]\w*(/\w[\w.+-]*)?", re.ASCII)
@@ -55,17 +58,20 @@ def load(
     tests = [split for split in ("test", "validation") if split in splits][:1]
     parts = _arrays(builder, ["train", *tests], len(classes), image_size, progress)
     if not tests:
-        held_out = _tenth(parts[0]["label"])
-        parts = [{key: value[rows] for key, value in parts[0].items()} for rows in (~held_out, held_out)]
-        log.info(
-            f"{name} has no test split: {held_out.sum():,} of {len(held_out):,} images, a tenth of each class, are held out"
-        )
+        count = len(labels := parts[0]["label"])
+        held_out = int(_tenth(labels).sum())  # as many whatever the order of the labels, and they come last
+        rows = (slice(count - held_out), slice(count - held_out, None))  # in place: the images may be more than memory holds
+        parts = [{key: value[part] for key, value in parts[0].items()} for part in rows]
+        log.info(f"{name} has no test split: {held_out:,} of {count:,} images, a tenth of each class, are held out")
     return Dataset(name, classes, *parts)
 
 
 def home(data_dir: str | Path | None) -> Path:
-    """TFDS's folder of prepared data sets: `data_dir`, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    """TFDS's folder of prepared data sets: `data_dir`, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`; raises UsageError."""
+    try:
+        return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"this user has no home folder ({error}); name the folder of data sets, --data_dir") from error
 
 
 def qualified(name: str, image_size: int) -> str:
@@ -85,9 +91,9 @@ def command(name: str, data_dir: Path) -> str:
             f" --data_dir={shlex.quote(str(data_dir))}" if elsewhere else ""
         )
     where = f"TFDS_DATA_DIR={shlex.quote(str(data_dir))} " if elsewhere else ""
-    packages = "--with=tensorflow-datasets --with=tensorflow --with=importlib-resources"
-    script = f"import tensorflow_datasets as tfds; tfds.builder('{name}', file_format='array_record').download_and_prepare()"
-    return f'{where}uv run --no-project --python=3.12 {packages} python -c "{script}"'  # `tfds build` asks for more packages
+    packages = "--with=tensorflow-datasets,tensorflow,importlib-resources"
+    script = f"import tensorflow_datasets as t;t.builder('{name}',file_format='array_record').download_and_prepare()"
+    return f'{where}uv run --no-project -p3.12 {packages} python -c "{script}"'  # `tfds build` asks for more packages
 
 
 def opened(folder: Path) -> Builder:
@@ -167,9 +173,12 @@ def _absent(name: str, data_dir: Path) -> RotjaxError:
     there = [f"{kind}/{other}" for other in _folders(data_dir / kind) if _versions(data_dir / kind / other)]
     where = str(data_dir) if data_dir.is_dir() else f"{data_dir}, which does not exist"
     others = f" ({', '.join(there)} is)" if there else ""
-    return DataError(
-        f"{name} is not prepared in {where}{others}; run: {command(name, data_dir)} (--dataset=digits needs nothing)"
-    )
+    todo = f"run: {command(name, data_dir)}"
+    if name in MEGABYTES:
+        todo += f" (downloads {MEGABYTES[name]} MB; --dataset=digits needs nothing)"
+    elif data_dir != home(None):  # the command, which is long, says where
+        return DataError(f"{name} is not prepared{others}; {todo}")
+    return DataError(f"{name} is not prepared in {where}{others}; {todo}")
 
 
 def _classes(builder: Builder) -> tuple[str, ...]:
@@ -192,12 +201,16 @@ def _classes(builder: Builder) -> tuple[str, ...]:
 
 
 def _arrays(builder: Builder, splits: list[str], classes: int, image_size: int, progress: Callable) -> list[Arrays]:
-    """Each of `splits`, decoded: `{'image': u8[N,H,H,3], 'label': i32[N]}`; decoded again where a file has changed."""
+    """Each of `splits`, decoded: `{'image': u8[N,H,H,3], 'label': i32[N]}`; decoded again where a file has changed.
+
+    Of a single split the images of `_tenth` come last.
+    """
     folder, counts = Path(builder.data_path), [builder.info.splits[split].num_examples for split in splits]
     if not all(counts):
         raise DataError(f"the split {splits[counts.index(0)]} of {folder} has no images; name another data set")
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
-    records = chain.from_iterable(_records(builder, split, classes, image_size, progress) for split in splits)
+    alone = len(splits) == 1
+    records = chain.from_iterable(_records(builder, split, classes, image_size, progress, alone) for split in splits)
     key = fingerprint(str(folder.resolve()), states, splits, image_size)
     arrays, _ = decoded(key, sum(counts), image_size, records)
     ends = np.cumsum(counts)
@@ -207,29 +220,40 @@ def _arrays(builder: Builder, splits: list[str], classes: int, image_size: int, 
 
 
 def _records(
-    builder: Builder, split: str, classes: int, image_size: int, progress: Callable
+    builder: Builder, split: str, classes: int, image_size: int, progress: Callable, tenth_last: bool
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Pixels u8 `[H,H,3]` and label of each record; raises DataError for the first that is damaged."""
-    keys = ("image", "label") if classes else ("image",)
-    features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in keys})
-    # Decoded by Pillow whatever TFDS finds installed: OpenCV gives other pixels for the same JPEG.
-    decoders: Any = {"image": tfds.decode.SkipDecoding()}
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     source = builder.as_data_source(split, deserialize_method=raw, file_format="array_record")
-    for index in progress(range(len(source))):
-        try:
-            record: Any = features.deserialize_example_np(source[index], decoders=decoders)
-            with Image.open(io.BytesIO(record["image"]), formats=FORMATS) as image:
-                pixels = square(image, image_size)
-        except Exception as error:  # of array_record, protobuf or Pillow, which on damaged bytes raise nearly anything
-            shard = _shard(builder, split, index)
-            reason = f"{shard} is damaged at record {index} of {split} ({error})"
-            raise DataError(f"{reason}; remove {shard.parent} and prepare it again") from error
+    features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in ("label", "image")[not classes :]})
+    order = range(len(source))
+    if tenth_last:
+        label = tfds.features.FeaturesDict({"label": features["label"]}) if classes else None
+        labels = [_record(builder, split, source, label, index)["label"] if label else -1 for index in order]
+        order = np.argsort(_tenth(np.array(labels)), kind="stable").tolist()
+    for index in progress(order):
+        record = _record(builder, split, source, features, index, image_size)
         label = record["label"] if classes else -1
         if classes and not 0 <= label < classes:
             where = f"record {index} of {split} in {builder.data_path}"
             raise DataError(f"{where} has label {label}, which is none of {classes} classes; name another data set")
-        yield pixels, label
+        yield record["image"], label
+
+
+def _record(builder: Builder, split: str, source: Any, features: Any, index: int, image_size: int = 0) -> dict[str, Any]:
+    """The `features` of a record, an image as pixels; raises DataError where they are damaged."""
+    # Decoded by Pillow whatever TFDS finds installed: OpenCV gives other pixels for the same JPEG.
+    decoders: Any = {"image": tfds.decode.SkipDecoding()} if "image" in features else None
+    try:
+        record: Any = features.deserialize_example_np(source[index], decoders=decoders)
+        if "image" in features:
+            with Image.open(io.BytesIO(record["image"]), formats=FORMATS) as image:
+                record["image"] = square(image, image_size)
+        return record
+    except Exception as error:  # of array_record, protobuf or Pillow, which on damaged bytes raise nearly anything
+        shard = _shard(builder, split, index)
+        reason = f"{shard} is damaged at record {index} of {split} ({str(error)[:80]})"
+        raise DataError(f"{reason}; remove {shard.parent} and prepare it again") from error
 
 
 def _shard(builder: Builder, split: str, index: int) -> Path:

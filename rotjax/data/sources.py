@@ -42,7 +42,7 @@ def load(
     are decoded. Raises UsageError for a name that does not exist or fewer training images than `batch_size`, DataError
     for data that is not there or unreadable.
     """
-    if _is_path(name) or (name not in ("", "digits", "cifar10", "imagenette") and Path(name).is_dir()):
+    if _is_path(name) or (name not in ("", "digits", "cifar10", "imagenette") and _is_folder(name)):
         return _photographs(name, image_size, batch_size, progress)
     if name == "digits":
         return _digits(image_size)
@@ -68,11 +68,14 @@ def _is_path(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~")) or name.endswith("/")
 
 
+def _is_folder(name: str) -> bool:
+    return os.path.isdir(os.path.expanduser(name))  # unlike Path.is_dir it takes names that no folder can have
+
+
 def _photographs(name: str, size: int, batch_size: int, progress: Callable) -> Dataset:
-    folder = Path(os.path.expanduser(name))
-    if not folder.is_dir():
+    if not _is_folder(name):
         raise UsageError(f"no folder {name}; name a folder of images, or a data set such as digits")
-    return photographs.load(folder, size, progress, batch_size)
+    return photographs.load(Path(os.path.expanduser(name)), size, progress, batch_size)
 
 
 def _digits(size: int) -> Dataset:
