@@ -1,7 +1,7 @@
 """The figures over several runs, from their outcomes; PNGs beside the tables."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.style
@@ -11,7 +11,9 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments import figures
 from experiments.outcomes import Outcome, subset_scores
-from experiments.rows import SUBSETS, WHOLE
+from experiments.rows import ROWS, SUBSETS, WHOLE
+
+Key = tuple[str, str, str]  # of an outcome: row, variant, task
 
 CURVES = {  # of Figure 1: the row of all images, label, colour
     "frozen": ("2a", "frozen to the last block, from row 1", figures.BLUE),
@@ -47,23 +49,21 @@ def subset_curves(outcomes: Sequence[Outcome]) -> Figure | None:
     return figure
 
 
-def first_epochs(outcomes: Sequence[Outcome]) -> Figure | None:
+def pretraining(outcomes: Sequence[Outcome]) -> Figure | None:
+    """Accuracy over epochs of predicting rotations (rows 1, 5a, 5b and 6a)."""
+    drawn = [one for one in outcomes if one.task == "rotation"]
+    keys = sorted({one.key for one in drawn}, key=lambda key: ROWS.index(key[0]))
+    colours = dict(zip(keys, (figures.BLUE, figures.VERMILLION, figures.GREY, figures.INK, figures.FAINT), strict=False))
+    labels = {one.key: f"row {one.row}, {one.recipe['backbone']} on {one.recipe['dataset']}" for one in drawn}
+    return _over_epochs("Predicting rotations", drawn, labels, colours)
+
+
+def fine_tuning(outcomes: Sequence[Outcome]) -> Figure | None:
     """Accuracy over epochs of fine-tuning, from the rotation network (row 3a) and from random weights (row 3b)."""
-    figure = figures.titled((7, 4), "Fine-tuning, pretrained and not (rows 3a and 3b)")
-    axes = figure.subplots()
-    for row, label, colour in (("3a", "from row 1", figures.VERMILLION), ("3b", "from random weights", figures.GREY)):
-        for number, one in enumerate(one for one in outcomes if one.key[:2] == (row, "")):
-            epochs = [epoch["epoch"] for epoch in one.epochs]
-            for split, line in (("test", "-"), ("train", "--")):
-                values = [100 * epoch[f"{split}_accuracy"] for epoch in one.epochs]
-                name = f"{label}, {split}" if number == 0 else None
-                axes.plot(epochs, values, line, color=colour, marker="o", markersize=3, label=name)
-    if not axes.lines:
-        return None
-    axes.set(xlabel="epoch", ylabel="accuracy in %")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend()
-    return figure
+    three, random = ("3a", "", "classification"), ("3b", "", "classification")
+    labels = {three: "from row 1", random: "from random weights"}
+    drawn, colours = [one for one in outcomes if one.key in labels], {three: figures.VERMILLION, random: figures.GREY}
+    return _over_epochs("Fine-tuning, pretrained and not (rows 3a and 3b)", drawn, labels, colours)
 
 
 def rotation_confusion(outcomes: Sequence[Outcome]) -> Figure | None:
@@ -78,15 +78,38 @@ def class_confusion(outcomes: Sequence[Outcome]) -> Figure | None:
 
 FIGURES: dict[str, Callable[[Sequence[Outcome]], Figure | None]] = {
     "subsets.png": subset_curves,
-    "fine-tuning.png": first_epochs,
+    "pretraining.png": pretraining,
+    "fine-tuning.png": fine_tuning,
     "rotations.png": rotation_confusion,
     "classes.png": class_confusion,
 }
 CAPTIONS = {name: (make.__doc__ or "").partition(".")[0] for name, make in FIGURES.items()} | {
+    "class-predictions.png": "Test images with the class that the network of row 3a predicts",
     "predictions.png": "Test images, turned, with the rotation that the network of row 1 predicts",
     "mistakes.png": "The rotations that the network of row 1 is most surely mistaken about",
     "filters.png": "First-layer filters before and after learning rotations (row 1)",
 }
+
+
+def _over_epochs(
+    title: str, drawn: Sequence[Outcome], labels: Mapping[Key, str], colours: Mapping[Key, str]
+) -> Figure | None:
+    """The accuracies in training and at test of each run `drawn`; those that differ in their seeds alone look alike."""
+    figure, named = figures.titled((7, 4), title), set()
+    axes = figure.subplots()
+    for one in drawn:
+        for split, line in (("test", "-"), ("train", "--")):
+            name = None if (one.key, split) in named else f"{labels[one.key]}, {split}"
+            named.add((one.key, split))
+            values = [100 * epoch[f"{split}_accuracy"] for epoch in one.epochs]
+            epochs = [epoch["epoch"] for epoch in one.epochs]
+            axes.plot(epochs, values, line, color=colours[one.key], marker="o", markersize=3, label=name)
+    if not axes.lines:
+        return None
+    axes.set(xlabel="epoch", ylabel="accuracy in %")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    return figure
 
 
 def _confusion(outcomes: Sequence[Outcome], row: str, what: str) -> Figure | None:

@@ -18,7 +18,10 @@ from rotjax.recipe import Classification, to_json
 from rotjax.workdirs import read_recipe, write_json
 
 EPOCH_IMAGES = {"cifar10": 50_000, "imagenette": 9_469}  # what an estimate counts with
-PICTURED = ("1-rotation-seed0", ("predictions.png", "mistakes.png", "filters.png"))  # kept among the results
+PICTURED = {  # what is kept of a run's figures among the results, and as what
+    "1-rotation-seed0": {name: name for name in ("predictions.png", "mistakes.png", "filters.png")},
+    "3a-classification-seed0": {"predictions.png": "class-predictions.png"},
+}
 COST = {"resnet18": 1.0, "resnet50": 3.2, "resnet101": 5.4, "densenet121": 3.5}  # time per image, of ResNet18's
 
 
@@ -107,9 +110,8 @@ def carry_out(run: Run, settings: Settings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(workdir / "metrics.jsonl", folder / f"{run.name}.jsonl")
     write_json(folder / f"{run.name}.json", result)
-    if run.name == PICTURED[0]:
-        for name in PICTURED[1]:
-            shutil.copyfile(workdir / name, settings.results / name)
+    for name, kept in PICTURED.get(run.name, {}).items():
+        shutil.copyfile(workdir / name, settings.results / kept)
     tables.write(settings.results)
 
 
