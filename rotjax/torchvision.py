@@ -95,7 +95,7 @@ def _expected(name: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     }
     given = {key: array.shape for key, array in arrays.items()}
     if odd := [key for key in expected | given if expected.get(key) != given.get(key)]:
-        first = "; ".join(f"{key} is {_say(given.get(key))}, should be {_say(expected.get(key))}" for key in odd[:3])
+        first = "; ".join(f"{key} is {_say(given.get(key))}, should be {_say(expected.get(key))}" for key in odd[:2])
         network = f"{name} ({kind} stem, {num_classes} classes)"
         raise UsageError(f"the arrays are not those of {network}: {len(odd)} at fault, first {first}")
     return variables

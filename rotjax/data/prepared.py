@@ -225,7 +225,8 @@ def _records(
     """Pixels u8 `[H,H,3]` and label of each record; raises DataError for the first that is damaged."""
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     source = builder.as_data_source(split, deserialize_method=raw, file_format="array_record")
-    features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in ("label", "image")[not classes :]})
+    keys = ("image", "label") if classes else ("image",)
+    features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in keys})
     order = range(len(source))
     if tenth_last:
         label = tfds.features.FeaturesDict({"label": features["label"]}) if classes else None
