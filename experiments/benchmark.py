@@ -60,7 +60,7 @@ ROWS = (
     _torch("b", "densenet121", "imagenet", 0.9),
     _torch("c", "resnet18", "cifar", 0.8),
     Row("d", "epoch by the command's loop / bare steps on a resident batch", 0.95, True, speed.epoch_and_steps),
-    Row("e", "crop, flip and turn on one core / an image at a time by Grain", 25.0, True, speed.pipelines),
+    Row("e", "crop, flip and turn on one core / an image at a time by Grain's defaults", 25.0, True, speed.pipelines),
     Row("f", "crop, flip and turn on one core / train step", 2.0, True, speed.pipeline_and_step, gpu=True),
     Row(
         "g-time",
