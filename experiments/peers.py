@@ -63,7 +63,7 @@ def _stemmed(model: Any, stem: str) -> Any:
 
 
 def naive_batches(data: Arrays, batch_size: int, seed: int = 0) -> Iterator[Arrays]:
-    """Crop, flip and random rotation an image at a time, batched and read ahead by Grain as it does by default."""
+    """Crop, flip and random rotation an image at a time, batched by Grain."""
     padding = data["image"].shape[1] // 8
 
     def augment(element: dict, rng: np.random.Generator) -> dict:
@@ -77,4 +77,4 @@ def naive_batches(data: Arrays, batch_size: int, seed: int = 0) -> Iterator[Arra
 
     elements = [{"image": image} for image in data["image"]]
     dataset = grain.MapDataset.source(elements).seed(seed).shuffle().repeat().random_map(augment).batch(batch_size)
-    return iter(dataset.to_iter_dataset())
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
