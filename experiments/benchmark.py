@@ -96,8 +96,8 @@ ROWS = (
 SLOW = {  # of rows that miss their goal, why
     "b": "120 layers of small products: what XLA does between them (concatenations, norms, their gradients) takes as long as"
     " they do.",
-    "e": "the goal was set against Grain's default of 16 reading threads, which is slower; here neither side has any. The other"
-    " half of the goal, 150,000 images/s, is met.",
+    "e": "the goal was set against Grain's default of 16 reading threads, which is slower; here neither side has any. The"
+    " other half of the goal, 150,000 images/s, is met.",
     "c": "XLA's convolution of 64 channels at 32 px reaches 200 of the 480 GFLOP/s of a matrix product, PyTorch's whole step"
     " 400; patches and Winograd's transforms move too much memory to make up for it.",
 }
