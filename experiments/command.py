@@ -34,7 +34,7 @@ def default(words: str):
 
 
 DataDir = Annotated[Path | None, default("$TFDS_DATA_DIR, else ~/tensorflow_datasets")]
-ResultsDir = Annotated[Path, default("experiments/results of the clone")]
+ResultsDir = Annotated[Path, default("experiments/results of the clone, else ./results")]
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ def carry_out(name: str, workdirs: Path, results: Path, data_dir: Path | None) -
         raise UsageError(f"--run={name} is none; see python -m experiments.reproduce --list --seeds=3")
     command.check_folder("workdirs", workdirs, there=run.after is not None)
     command.check_folder("results", results)
+    command.check_folder("data_dir", data_dir)
     try:
         networks()
     except ImportError as error:

@@ -9,7 +9,8 @@ from typing import Any
 
 from experiments.rows import ROWS, WHOLE
 
-RESULTS = Path(__file__).parent / "results"
+CLONE = Path(__file__).parent / "results"
+RESULTS = CLONE if CLONE.is_dir() else Path("results")  # which an installed package comes without
 
 
 @dataclass(frozen=True)

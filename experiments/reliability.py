@@ -1,6 +1,7 @@
 """The page about what can go wrong with a run, made from a run of the tests: `python -m experiments.reliability --help`."""
 
 import json
+import math
 import platform
 import re
 import sys
@@ -105,7 +106,8 @@ def _order(code: str) -> tuple[str, int]:
 def page(counts: Mapping, faults: Mapping[str, Mapping]) -> str:
     """The page about `faults` and what `counts`, as `outcome` makes them, say of each."""
     rows = counts["rows"]
-    total = {key: sum(row[key] for row in rows.values()) for key in (*COUNTS, "seconds")}
+    total = {key: sum(row[key] for row in rows.values()) for key in COUNTS}
+    seconds = math.fsum(row["seconds"] for row in rows.values())  # the same sum on every Python
     shown = [(code, fault["expected"], *_line(rows.get(code))) for code, fault in faults.items() if "why_not" not in fault]
     without = [(code, fault["expected"], fault["why_not"]) for code, fault in faults.items() if "why_not" in fault]
     found = [(code, failure) for code, fault in faults.items() for failure in fault.get("found", ())]
@@ -114,7 +116,7 @@ def page(counts: Mapping, faults: Mapping[str, Mapping]) -> str:
         "what can go wrong with a run, what rotjax does then, and the tests whose names begin with the row's code.\n"
         "A trial is one injected fault, or one drawn input.",
         f"{total['passed']:,} of {total['tests']:,} tests passed, {total['failed']:,} failed, {total['skipped']:,} were "
-        f"skipped; {total['trials']:,} trials in {total['seconds']:,.0f} s of tests; {_versions(counts['versions'])}.",
+        f"skipped; {total['trials']:,} trials in {seconds:,.0f} s of tests; {_versions(counts['versions'])}.",
         table(("row", "expected", "tests", "trials", "outcome", "seconds"), shown),
         "## Rows without a test",
         table(("row", "expected", "why not"), without),

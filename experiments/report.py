@@ -39,7 +39,7 @@ def _write(line: str, stream: TextIO | None) -> None:
         return
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        tqdm.write(line.encode(encoding, "replace").decode(encoding), file=stream)
+        tqdm.write(line.encode(encoding, "replace").decode(encoding) + "\n", file=stream, end="")
         stream.flush()
     except OSError:  # as under `| head`, or `| tee` at Ctrl-C: no reason to lose hours of training
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -55,6 +55,7 @@ def _child(log, function, *arguments):
 def own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache of decoded images."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.delenv("UV", raising=False)  # by which commands say what to type
 
 
 @pytest.fixture(autouse=True)

