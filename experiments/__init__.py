@@ -10,7 +10,7 @@ HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 
 def _with_huge_pages():
     """Begins anew with huge pages for malloc where Linux gives them only if asked: a step's temporary arrays are new pages
-    each time, and to fault them in by 4 kB takes as long as half of what ResNet18 computes."""
+    each time, and to fault them in by 4 kB takes a good part of a step."""
     with suppress(OSError), open(HUGE_PAGES) as file:
         if "[madvise]" in file.read() and "GLIBC_TUNABLES" not in os.environ:
             os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"

@@ -98,8 +98,8 @@ SLOW = {  # of rows that miss their goal, why
     " they do.",
     "e": "the goal was set against Grain's default of 16 reading threads, which is slower; here neither side has any. The"
     " other half of the goal, 150,000 images/s, is met.",
-    "c": "XLA's convolution of 64 channels at 32 px reaches 200 of the 480 GFLOP/s of a matrix product, PyTorch's whole step"
-    " 400; patches and Winograd's transforms move too much memory to make up for it.",
+    "c": "XLA's convolution of 64 channels at 32 px is far slower than a matrix product of as many operations, oneDNN's is"
+    " not; patches and Winograd's transforms move too much memory to make up for it.",
 }
 
 
@@ -191,7 +191,7 @@ def page(folder: Path) -> str:
         (one["change"], one["predicted"], one["outcome"], "yes" if one["kept"] else "no")
         for one in _tried(folder / "tried.json")
     ]
-    heading = "## What was tried\n\nTimes are of a train step at batch 128, medians on two cores."
+    heading = "## What was tried\n\nOn two CPU cores, before the rows above were measured."
     parts += [heading, table(("change", "predicted", "outcome", "kept"), tried)] if tried else []
     if missing := [row.name for row in ROWS if row.name not in there]:
         parts.append(f"Not measured yet: {', '.join(missing)}. On a GPU, the same command measures them.")

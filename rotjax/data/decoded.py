@@ -16,6 +16,7 @@ import numpy as np
 from rotjax.data.batches import Arrays
 from rotjax.errors import DataError, InUseError, in_bytes
 from rotjax.locks import held
+from rotjax.manifests import digest
 
 log = logging.getLogger(__name__)
 
@@ -97,15 +98,12 @@ def _read(folder: Path, image_size: int) -> tuple[Arrays, dict[int, str]] | None
 
 
 def _same(folder: Path, about: dict) -> bool:
-    """Whether the files that `about` lists are what they were, byte for byte."""
-    return all(_digest(folder / name) == about["sha256"][name] for name in FILES)
+    """Whether the files that `about` lists are what they were, byte for byte.
 
-
-def _digest(path: Path) -> str:
-    """SHA-256 of a whole file. On every run, at 1 GB/s or more: a time of change alone would not tell what a disk has lost,
-    and the pages that it reads are those that training asks for next."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    Read whole on every run: a time of change alone would not tell what a disk has lost, and the pages that it reads are
+    those that training asks for next.
+    """
+    return all(digest(folder / name) == about["sha256"][name] for name in FILES)
 
 
 def _make_room(folder: Path, what: str, needed: int) -> None:
@@ -135,7 +133,7 @@ def _write(folder: Path, image_size: int, records: Iterable[Record]) -> None:
             file.flush()
             os.fsync(file.fileno())
         np.save(partial / "label.npy", labels, allow_pickle=False)
-        digests = {name: _digest(partial / name) for name in FILES}
+        digests = {name: digest(partial / name) for name in FILES}
         about = {"count": len(labels), "image_size": image_size, "dropped": dropped, "sha256": digests}
         (partial / "metadata.json").write_text(json.dumps(about, indent=1) + "\n")
         os.replace(partial, folder)
