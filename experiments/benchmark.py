@@ -61,7 +61,17 @@ ROWS = (
     _torch("c", "resnet18", "cifar", 0.8),
     Row("d", "epoch by the command's loop / bare steps on a resident batch", 0.95, True, speed.epoch_and_steps),
     Row("e", "crop, flip and turn on one core / an image at a time by Grain", 25.0, True, speed.pipelines),
-    Row("f", "crop, flip and turn on one core / train step", 2.0, True, speed.pipeline_and_step, gpu=True),
+    *(
+        Row(
+            f"f-{where}",
+            f"the host's part on one core of batches made on the {where} / train step",
+            2.0,
+            True,
+            partial(speed.pipeline_and_step, where),
+            gpu=True,
+        )
+        for where in ("host", "device")
+    ),
     Row(
         "g-time",
         "time of a step that trains the last block / of one that trains all",

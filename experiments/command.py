@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 import rotjax
 from experiments import figures, report
-from rotjax import parallel
+from rotjax import feed, parallel
 from rotjax.data.sources import DEFAULTS
 from rotjax.errors import DesertedError, RotjaxError, Stopped, UsageError
+from rotjax.feed import Where
 from rotjax.recipe import NETWORK
 from rotjax.workdirs import ENDING
 
@@ -37,6 +38,9 @@ DataDir = Annotated[Path | None, default("$TFDS_DATA_DIR, else ~/tensorflow_data
 ResultsDir = Annotated[Path, default("experiments/results of the clone, else ./results")]
 
 
+HOW = ("log_steps", "checkpoint_seconds", "augment", "steps_per_dispatch", "threads")  # of `rotjax.train`
+
+
 @dataclass(frozen=True)
 class Execution:
     """How a run is carried out, which changes nothing in its weights."""
@@ -49,6 +53,12 @@ class Execution:
     """Steps between rows of metrics.jsonl."""
     checkpoint_seconds: float = 60.0
     """Seconds between checkpoints; the last step is saved in any case."""
+    augment: Annotated[Where | None, default("device on a GPU or TPU with memory for the images, else host")] = None
+    """Where images are cropped, mirrored and turned: the same, to the byte."""
+    steps_per_dispatch: Annotated[int | None, default("1 on a CPU, else up to 32")] = None
+    """Steps that the devices take by themselves, between two glances at signals and checkpoints."""
+    threads: Annotated[int | None, default("0 on a CPU, else 1")] = None
+    """Threads that read batches ahead; 0: none is read ahead."""
     distributed: bool = False
     """One of many processes: of SLURM, Open MPI, Kubernetes, a TPU pod, or as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
     JAX_PROCESS_ID say. The workdir is a folder that all share."""
@@ -161,6 +171,7 @@ def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Pla
     """The workdir of `recipe`, trained under a progress bar, with figures beside the run's files; and its plan."""
     if execution.log_steps < 1 or not execution.checkpoint_seconds >= 0:
         raise UsageError("--log_steps is at least 1 and --checkpoint_seconds at least 0")
+    feed.check(execution.steps_per_dispatch, execution.threads)
     if execution.distributed:
         parallel.join()
     parallel.check_devices()
@@ -172,8 +183,7 @@ def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Pla
     cache_compilations()
     workdir = execution.workdir or Path("runs") / plan.recipe.name
     with report.Progress(plan) as progress:
-        cadence = {"log_steps": execution.log_steps, "checkpoint_seconds": execution.checkpoint_seconds}
-        for row in rotjax.train(plan, workdir, **cadence):
+        for row in rotjax.train(plan, workdir, **{name: getattr(execution, name) for name in HOW}):
             progress.show(row)
     figures.draw(workdir, plan)
     return workdir, plan

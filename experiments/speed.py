@@ -20,6 +20,9 @@ import numpy as np
 import rotjax
 from experiments import peers
 from experiments.peers import Timed
+from rotjax import training
+from rotjax.data.batches import train_picks
+from rotjax.feed import STEPS, Where, stacked
 from rotjax.optim import FROZEN
 
 Side = Callable[[], float]
@@ -56,8 +59,9 @@ def per_second(timed: Timed, size: int) -> Side:
 
 
 def train_steps(name: str, stem: str, batch_size: int = BATCH, dtype: str = "float32", trainable: str = "all") -> Side:
-    """Images/s of jitted steps on one resident batch."""
-    return per_second(_steps(name, stem, batch_size, dtype, trainable)[0], batch_size)
+    """Images/s of jitted steps on resident batches, as many a dispatch as the command takes on this device."""
+    timed, steps, _ = _steps(name, stem, batch_size, dtype, trainable)
+    return per_second(timed, steps * batch_size)
 
 
 def train_and_torch(name: str, stem: str, batch_size: int = BATCH, dtype: str = "float32", compiled: bool = False) -> Sides:
@@ -98,9 +102,9 @@ def pipelines() -> Sides:
     return per_second(_batches(data), BATCH), per_second(elements, BATCH)
 
 
-def pipeline_and_step() -> Sides:
-    """Images/s of the training batches on one core, and of steps."""
-    return per_second(_batches(images(10_000)), BATCH), train_steps("resnet18", "imagenet")
+def pipeline_and_step(augment: Where) -> Sides:
+    """Images/s of what the host does on one core for batches that are made where `augment` says, and of steps."""
+    return per_second(_batches(images(10_000), augment), BATCH), train_steps("resnet18", "imagenet")
 
 
 def frozen_and_full() -> Sides:
@@ -111,7 +115,7 @@ def frozen_and_full() -> Sides:
 
 def frozen_and_full_flops() -> Sides:
     """Floating-point operations of the two compiled steps."""
-    frozen, full = (_steps("resnet18", "imagenet", BATCH, "float32", how)[1] for how in ("last_block", "all"))
+    frozen, full = (_steps("resnet18", "imagenet", BATCH, "float32", how)[2] for how in ("last_block", "all"))
     return lambda: frozen, lambda: full
 
 
@@ -192,28 +196,31 @@ def whole_run() -> Sides:
     return whole, lambda: 1.0
 
 
-def _steps(name: str, stem: str, batch_size: int, dtype: str, trainable: str) -> tuple[Timed, float]:
-    """Jitted train steps on one resident batch, and the floating-point operations of one."""
+def _steps(name: str, stem: str, batch_size: int, dtype: str, trainable: str) -> tuple[Timed, int, float]:
+    """Dispatches of jitted train steps on resident batches, the steps of one, and the floating-point operations of one."""
     frozen = FROZEN[trainable]
     model = rotjax.create(name, 4, stem, frozen=frozen, dtype=jnp.dtype(dtype))
     optimizer = rotjax.adamw(rotjax.piecewise(1e-3, [10**6]), 0.01, frozen)
     state = rotjax.init_state(optimizer, rotjax.init_variables(model, 0, 32))
-    (batch,) = rotjax.place([images(batch_size)])
-    step = rotjax.train_step(model, optimizer).lower(state, batch).compile()
+    size = 1 if jax.default_backend() == "cpu" else STEPS
+    (given,) = rotjax.place(stacked([images(batch_size)] * size, [size]), axis=1)
+    step = training.train_steps(model, optimizer).lower(state, given).compile()
 
-    def steps(count: int) -> float:
+    def dispatches(count: int) -> float:
         nonlocal state
         began = time.perf_counter()
         for _ in range(count):
-            state, _ = step(state, batch)
+            state, _ = step(state, given)
         jax.block_until_ready(state)
         return time.perf_counter() - began
 
-    return steps, (step.cost_analysis() or {"flops": math.nan})["flops"]
+    return dispatches, size, (step.cost_analysis() or {"flops": math.nan})["flops"]
 
 
-def _batches(data: dict[str, np.ndarray]) -> Timed:
+def _batches(data: dict[str, np.ndarray], augment: Where = "host") -> Timed:
     stream = rotjax.train_batches(data, rotjax.random_turn, BATCH, 10**6, seed=0)
+    if augment == "device":
+        stream = train_picks(len(data["label"]), BATCH, 10**6, seed=0)
     reader = rotjax.read(stream)
 
     def read(count: int) -> float:

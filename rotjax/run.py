@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from itertools import chain
@@ -13,10 +13,14 @@ from threading import Event
 
 import jax
 import optax
+from jax.sharding import Mesh
 
-from rotjax import checkpoints, optim, parallel, training, workdirs
+from rotjax import checkpoints, optim, parallel, scoring, training, workdirs
+from rotjax import feed as feeds
 from rotjax.data import batches, tasks
+from rotjax.data.augmentation import train_view
 from rotjax.errors import Stopped, UsageError
+from rotjax.feed import Feed, Stream, Where, choose
 from rotjax.models import Classifier
 from rotjax.parallel import data_mesh
 from rotjax.planning import Plan
@@ -26,16 +30,27 @@ from rotjax.transfer import graft
 log = logging.getLogger(__name__)
 
 
-def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_seconds: float = 60.0) -> Iterator[dict]:
+def train(
+    plan: Plan,
+    workdir: str | Path,
+    *,
+    log_steps: int = 50,
+    checkpoint_seconds: float = 60.0,
+    augment: Where | None = None,
+    steps_per_dispatch: int | None = None,
+    threads: int | None = None,
+) -> Iterator[dict]:
     """Carries `plan` out in `workdir`, or goes on where it stopped, yielding each row that `metrics.jsonl` gets.
 
     Of several processes, which all call this, one writes; where they stop or save they agree every `log_steps` batches.
-    Leaves `recipe.json`, `checkpoints/`, `metrics.jsonl` and, at the end, `summary.json`. Raises Stopped once SIGTERM or
-    SIGINT came and the state is saved, UsageError for a workdir of another recipe or processes that differ, InUseError
-    where another process is at work, NonFiniteError, CheckpointError, FellowError where another process of this run failed.
+    For the last three see `feed.choose`. Leaves `recipe.json`, `checkpoints/`, `metrics.jsonl` and, at the end,
+    `summary.json`. Raises Stopped once SIGTERM or SIGINT came and the state is saved, UsageError for a workdir of another
+    recipe or processes that differ, InUseError where another process is at work, NonFiniteError, CheckpointError,
+    FellowError where another process of this run failed.
     """
     began, workdir, recipe, mesh = time.perf_counter(), Path(workdir), plan.recipe, data_mesh()
-    _check_alike(plan, log_steps)
+    feed = choose(plan, augment, steps_per_dispatch, threads)
+    _check_alike(plan, feed, log_steps)
     with ExitStack() as stack:
         with parallel.together():
             claim = stack.enter_context(workdirs.claimed(workdir, recipe, plan.data)) if parallel.primary() else _ignore
@@ -52,23 +67,16 @@ def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_se
             log.info(f"going on from step {first} of {plan.steps}")
         with parallel.together():
             logged, write = stack.enter_context(workdirs.metrics(workdir, first)) if parallel.primary() else ([], _ignore)
-        stream = batches.train_batches(
-            plan.data.train,
-            _task(recipe),
-            recipe.batch_size,
-            plan.steps,
-            seed=recipe.seed,
-            flip=recipe.flip,
-            share=parallel.share(recipe.batch_size, mesh),
-        )
-        until = partial(_until, stopping, log_steps)
-        step, score, testing = training.train_step(model, optimizer, mesh), _scorer(plan, model, until), 0.0
+        until = partial(_until, stopping, -(-log_steps // feed.steps))
+        stream = train_stream(plan, feed, mesh, _task(recipe))
+        score, testing = scoring.scorer(plan, model, feed, until), 0.0
+        step = training.train_steps(model, optimizer, mesh, stream.make)
         if first < plan.steps:
             log.info("compiling the train step")
-            step = step.lower(state, next(training.place(stream[first : first + 1], mesh))).compile()
-        threads = 0 if jax.default_backend() == "cpu" else 1  # a reading thread would take its time from a CPU's steps
-        reader = stack.enter_context(closing(batches.read(stream, start=first, threads=threads)))
-        placed = training.place(until(reader), mesh)
+            step = _compiled(step, state, stream, mesh, feeds.programs(first, plan.steps, plan.epoch_steps, feed.steps))
+        reader = stack.enter_context(closing(batches.read(stream.elements, start=first, threads=feed.threads)))
+        groups = feeds.stacked(reader, feeds.sizes(first, plan.steps, plan.epoch_steps, feed.steps))
+        placed = training.place(until(groups), mesh, axis=1)
         trained = training.fit(
             step, state, placed, start=first, steps=plan.steps, epoch_steps=plan.epoch_steps, log_steps=log_steps
         )
@@ -78,7 +86,7 @@ def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_se
                 for row in rows:
                     if "train_loss" in row:
                         testing -= time.perf_counter()
-                        result = score(state.variables, _test_task(recipe), row["epoch"])
+                        result = score(state.variables, scoring.test_task(recipe), row["epoch"])
                         testing += time.perf_counter()
                         row |= {"test_loss": result["loss"], "test_accuracy": result["accuracy"]}
                     with parallel.together():
@@ -94,7 +102,7 @@ def train(plan: Plan, workdir: str | Path, *, log_steps: int = 50, checkpoint_se
             seconds = time.perf_counter() - started - testing
             _save(saved, state)
             log.info("scoring the test set")
-            scores = _final_scores(plan, score, state.variables)
+            scores = scoring.final_scores(plan, score, state.variables)
         except _Signalled:
             _save(saved, state)
             checkpoints.wait(saved)
@@ -153,11 +161,12 @@ def _build(plan: Plan) -> tuple[Classifier, optax.GradientTransformation, traini
     return model, optimizer, training.init_state(optimizer, variables)
 
 
-def _check_alike(plan: Plan, log_steps: int) -> None:
+def _check_alike(plan: Plan, feed: Feed, log_steps: int) -> None:
     """Raises UsageError in every process where they were not all started on the same."""
     if parallel.alone():
         return
-    for name, value in {"recipe": to_json(plan.recipe), "data": plan.data.facts(), "log_steps": log_steps}.items():
+    given = {"recipe": to_json(plan.recipe), "data": plan.data.facts(), "log_steps": log_steps}
+    for name, value in (given | {"augment": feed.augment, "steps_per_dispatch": feed.steps}).items():
         if not parallel.alike(json.dumps(value, sort_keys=True)):
             raise UsageError(f"the processes of this run differ in their {name}; start all with the same flags and data")
 
@@ -202,30 +211,22 @@ def _task(recipe: Recipe) -> tasks.Task:
     return tasks.classify
 
 
-def _test_task(recipe: Recipe) -> tasks.Task:
-    """What the test after every epoch asks: one turn per image, as the report did."""
-    return tasks.random_turn if isinstance(recipe, Rotation) else tasks.classify
+def train_stream(plan: Plan, feed: Feed, mesh: Mesh, task: tasks.Task) -> Stream:
+    """The batches that `plan` trains on."""
+    recipe, data, share = plan.recipe, plan.data.train, parallel.share(plan.recipe.batch_size, mesh)
+    picks = batches.train_picks(len(data["label"]), recipe.batch_size, plan.steps, seed=recipe.seed, share=share)
+    view = partial(train_view, task=task, seed=recipe.seed, flip=recipe.flip)
+    return feed.stream(picks, view, feed.put(data, mesh))
 
 
-def _scorer(plan: Plan, model: Classifier, until: Callable[[Iterable], Iterator]) -> Callable[[dict, tasks.Task, int], dict]:
-    """`(variables, task, epoch) -> loss, accuracy, confusion` on every test image."""
-    recipe, step = plan.recipe, training.eval_step(model)
-    share = parallel.share(recipe.batch_size, data_mesh())
+def _compiled(
+    step: jax.stages.Wrapped, state: training.TrainState, stream: Stream, mesh: Mesh, sizes: set[int]
+) -> training.Step:
+    """`step` on what lies on the devices, compiled for dispatches of `sizes` steps."""
 
-    def score(variables: dict, task: tasks.Task, epoch: int) -> dict:
-        views = batches.test_batches(plan.data.test, task, recipe.batch_size, seed=recipe.seed, epoch=epoch, share=share)
-        with closing(batches.read(views)) as reader:
-            return training.evaluate(step, variables, training.place(until(reader)))
+    def program(size: int) -> jax.stages.Compiled:
+        given = feeds.stacked(batches.read(stream.elements[:1].repeat(size)), [size])
+        return step.lower(state, next(training.place(given, mesh, axis=1)), stream.data).compile()
 
-    return score
-
-
-def _final_scores(plan: Plan, score: Callable, variables: dict) -> dict:
-    """Rotations on all four turns of every image, and as after every epoch on one random turn each; or classes."""
-    epoch = -(-plan.steps // plan.epoch_steps)
-    if isinstance(plan.recipe, Rotation):
-        every, one = score(variables, tasks.all_turns, epoch), score(variables, tasks.random_turn, epoch)
-        accuracies = {"rotation_accuracy": every["accuracy"], "rotation_accuracy_random": one["accuracy"]}
-        return accuracies | {"confusion": every["confusion"].tolist()}
-    result = score(variables, tasks.classify, epoch)
-    return {"accuracy": result["accuracy"], "confusion": result["confusion"].tolist()}
+    programs = {size: program(size) for size in sizes}
+    return lambda state, batches: programs[len(jax.tree.leaves(batches)[0])](state, batches, stream.data)

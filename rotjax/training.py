@@ -17,6 +17,8 @@ from rotjax.errors import NonFiniteError
 from rotjax.parallel import data_mesh, replicated, split
 
 Row = dict[str, Any]
+Make = Callable[[Any, dict], dict]  # (what lies on the devices, what is sent to them) -> batch
+Step = Callable[["TrainState", dict], tuple["TrainState", dict[str, jax.Array]]]
 
 
 @flax.struct.dataclass
@@ -54,12 +56,37 @@ def init_state(optimizer: optax.GradientTransformation, variables: dict, mesh: M
     return jax.jit(state, out_shardings=replicated(mesh or data_mesh()))(jax.tree.map(np.asarray, variables))
 
 
+def sent(data: Any, batch: dict) -> dict:
+    """The `Make` of batches that come whole from the host."""
+    return batch
+
+
 def train_step(model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> jax.stages.Wrapped:
     """The jitted `(state, batch) -> state, metrics`; the state given is donated.
 
     `batch` is `{'image': u8[B,H,W,3], 'label': i32[B]}`, `metrics` the `loss` and `accuracy` of this batch. Under a mesh
     of several devices batch statistics are the whole batch's.
     """
+    return jax.jit(_step(model, optimizer), donate_argnums=0, out_shardings=replicated(mesh or data_mesh()))
+
+
+def train_steps(
+    model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, make: Make = sent
+) -> jax.stages.Wrapped:
+    """The jitted `(state, batches, data) -> state, metrics`: a `train_step` for each of `batches`, K in a leading axis.
+
+    `make(data, batch)` is what a step trains on; the metrics are f32 `[K]`. The state given is donated.
+    """
+    step = _step(model, optimizer)
+    unroll = jax.default_backend() == "cpu"  # where a convolution inside a loop is eight times slower
+
+    def steps(state: TrainState, batches: dict, data: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
+        return jax.lax.scan(lambda state, batch: step(state, make(data, batch)), state, batches, unroll=unroll)
+
+    return jax.jit(steps, donate_argnums=0, out_shardings=replicated(mesh or data_mesh()))
+
+
+def _step(model: nn.Module, optimizer: optax.GradientTransformation) -> Step:
     apply: Callable[..., Any] = model.apply
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -67,7 +94,7 @@ def train_step(model: nn.Module, optimizer: optax.GradientTransformation, mesh: 
             variables = state.variables | {"params": params}
             logits, updated = apply(variables, batch["image"], train=True, mutable=["batch_stats"])
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-            return losses.mean(), (updated, (logits.argmax(-1) == batch["label"]).sum())
+            return losses.mean(), (updated, (logits.argmax(-1) == batch["label"]).sum(dtype=jnp.int32))
 
         params = state.variables["params"]
         (value, (updated, correct)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
@@ -83,14 +110,18 @@ def train_step(model: nn.Module, optimizer: optax.GradientTransformation, mesh: 
         }
         return TrainState(state.step + 1, variables, opt_state, sums), {"loss": value, "accuracy": correct / count}
 
-    return jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh or data_mesh()))
+    return step
 
 
-def eval_step(model: nn.Module, mesh: Mesh | None = None) -> jax.stages.Wrapped:
-    """The jitted `(variables, batch) -> sums`: `loss`, and `confusion` `[true, predicted]`, of images by their `weight`."""
+def eval_step(model: nn.Module, mesh: Mesh | None = None, make: Make = sent) -> jax.stages.Wrapped:
+    """The jitted `(variables, batch, data=None) -> sums` of what `make(data, batch)` gives, by default the batch.
+
+    The sums are `loss` and `confusion`, `[true, predicted]`, of images by their `weight`.
+    """
     apply: Callable[..., Any] = model.apply
 
-    def step(variables: dict, batch: dict) -> dict[str, jax.Array]:
+    def step(variables: dict, batch: dict, data: Any = None) -> dict[str, jax.Array]:
+        batch = make(data, batch)
         logits = apply(variables, batch["image"], train=False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         confusion = jnp.zeros((logits.shape[-1],) * 2).at[batch["label"], logits.argmax(-1)].add(batch["weight"])
@@ -99,9 +130,9 @@ def eval_step(model: nn.Module, mesh: Mesh | None = None) -> jax.stages.Wrapped:
     return jax.jit(step, out_shardings=replicated(mesh or data_mesh()))
 
 
-def place(batches: Iterable[dict], mesh: Mesh | None = None) -> Iterator[dict[str, jax.Array]]:
-    """Batches on the devices of `mesh`, each device its share; of several processes each gives its own."""
-    put = partial(jax.make_array_from_process_local_data, split(mesh or data_mesh()))
+def place(batches: Iterable[dict], mesh: Mesh | None = None, *, axis: int = 0) -> Iterator[dict[str, jax.Array]]:
+    """Batches on the devices of `mesh`, each device its share along `axis`; of several processes each gives its own."""
+    put = partial(jax.make_array_from_process_local_data, split(mesh or data_mesh(), axis))
     for batch in batches:
         yield jax.tree.map(put, batch)
 
@@ -120,7 +151,7 @@ def evaluate(step: Callable[[dict, dict], dict[str, jax.Array]], variables: dict
 
 
 def fit(
-    step: Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]],
+    step: Step,
     state: TrainState,
     batches: Iterable[dict],
     *,
@@ -129,20 +160,26 @@ def fit(
     epoch_steps: int,
     log_steps: int = 50,
 ) -> Iterator[tuple[TrainState, list[Row]]]:
-    """Trains from step `start`, that of `state`, to `steps` on placed `batches`, yielding the state and its rows each step.
+    """Trains from step `start`, that of `state`, to `steps` on placed `batches`, yielding the state and its rows each time.
 
-    There is a row every `log_steps` steps, with that batch's metrics, and one at the end of an epoch (`epoch_steps`
-    steps, or the last), see `epoch_row`. A yielded state lives until the next is asked for. Raises NonFiniteError with
-    the first row after a loss or variables that are not finite.
+    `step` is a `train_step`, or a `train_steps` on several batches at a time, which do not straddle epochs. There is a row
+    every `log_steps` steps, with that batch's metrics, and one at the end of an epoch (`epoch_steps` steps, or the last),
+    see `epoch_row`. A yielded state lives until the next is asked for. Raises NonFiniteError with the first row after a
+    loss or variables that are not finite.
     """
-    for number, batch in zip(range(start + 1, steps + 1), batches, strict=False):
-        if (number - 1) % epoch_steps == 0:
+    number, batches = start, iter(batches)
+    while number < steps and (batch := next(batches, None)) is not None:
+        if number % epoch_steps == 0:
             state = dataclasses.replace(state, sums=jax.jit(_no_sums, out_shardings=state.step.sharding)())
         state, metrics = step(state, batch)
+        before, number = number, number + metrics["loss"].size
         epoch, rows = (number - 1) // epoch_steps + 1, []
-        if number % log_steps == 0:
+        if logged := range(before + log_steps - before % log_steps, number + 1, log_steps):
             check_finite(state)
-            rows.append({"step": number, "epoch": epoch} | {name: float(value) for name, value in metrics.items()})
+            figures = {name: np.atleast_1d(values) for name, values in metrics.items()}
+            for one in logged:
+                now = {name: float(values[one - before - 1]) for name, values in figures.items()}
+                rows.append({"step": one, "epoch": epoch} | now)
         if number % epoch_steps == 0 or number == steps:
             rows.append(epoch_row(state, epoch))
         yield state, rows

@@ -1,13 +1,43 @@
-"""Crop and flip, drawn by a counter: what happens to an image is a function of (seed, epoch, image) and nothing else."""
+"""From images to batches, drawn by a counter: what happens to an image is a function of (seed, epoch, image) alone.
 
+Equal to the byte for NumPy and JAX arrays: a batch may be made on the host or, from images that are there, on the device.
+"""
+
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 
+from rotjax.data.tasks import COLUMNS, FLIPS, ROWS, Task
 from rotjax.rotation import whole_pixels
 
 STREAM = 2  # to be raised with every change of the batches that a seed gives: a run does not go on with others
 Array = Any  # np.ndarray or jax.Array
+
+
+def train_view(data: dict, pick: dict, *, task: Task, seed: int, flip: bool) -> dict:
+    """The images of `data` that `pick` names, `{'epoch': i32[B], 'index': i32[B]}`, cropped, mirrored or not where `flip`,
+    then given to the task.
+
+    The crop's padding is an eighth of the image, 4 pixels of 32.
+    """
+    words = partial(draw, seed=seed, epoch=pick["epoch"], index=pick["index"])
+    images = data["image"][pick["index"]]
+    padding = images.shape[1] // 8
+    rows, columns = (below(2 * padding + 1, words(stream)) for stream in (ROWS, COLUMNS))
+    flips = words(FLIPS) >> 31 if flip else None
+    images = crop_and_flip(images, rows, columns, flips, padding)
+    images, labels = task(images, data["label"][pick["index"]], words)
+    return {"image": images, "label": labels}
+
+
+def test_view(data: dict, pick: dict, *, task: Task, seed: int) -> dict:
+    """The images of `data` that `pick` names, as they are, given to the task; each view has the weight of its image."""
+    words = partial(draw, seed=seed, epoch=pick["epoch"], index=pick["index"])
+    images, labels = task(data["image"][pick["index"]], data["label"][pick["index"]], words)
+    weight = pick["weight"].repeat(len(labels) // len(pick["index"]))
+    return {"image": images, "label": labels, "weight": weight}
 
 
 def draw(stream: int, seed: int, epoch: Array, index: Array) -> Array:
@@ -33,15 +63,27 @@ def _mix(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
-def crop_and_flip(images: np.ndarray, rows: np.ndarray, columns: np.ndarray, flips: np.ndarray, padding: int) -> np.ndarray:
+def crop_and_flip(images: Array, rows: Array, columns: Array, flips: Array | None, padding: int) -> Array:
     """uint8 `[B,H,H,C]`, padded with black, cut out again at `rows` and `columns` `[B]`, mirrored where `flips`."""
+    if isinstance(images, jax.Array):
+        return _crop_and_flip(images, rows, columns, flips, padding)
     count, size, _, channels = images.shape
     padded = np.zeros((count, size + 2 * padding, size + 2 * padding, channels), np.uint8)
     padded[:, padding : padding + size, padding : padding + size] = images
     cropped = np.empty(images.shape, np.uint8)
     pixels = zip(whole_pixels(cropped), whole_pixels(padded), strict=True)
-    places = zip(rows.tolist(), columns.tolist(), flips.tolist(), strict=True)
+    places = zip(rows.tolist(), columns.tolist(), (0 * rows if flips is None else flips).tolist(), strict=True)
     for (target, source), (row, column, flip) in zip(pixels, places, strict=True):
         window = source[row : row + size, column : column + size]
         target[:] = window[:, ::-1] if flip else window
     return cropped
+
+
+def _crop_and_flip(
+    images: jax.Array, rows: jax.Array, columns: jax.Array, flips: jax.Array | None, padding: int
+) -> jax.Array:
+    edges = (padding, padding)
+    padded = jax.numpy.pad(images, ((0, 0), edges, edges, (0, 0)))
+    cut = jax.vmap(lambda image, row, column: jax.lax.dynamic_slice(image, (row, column, 0 * row), images.shape[1:]))
+    cropped = cut(padded, rows, columns)
+    return cropped if flips is None else jax.numpy.where(flips[:, None, None, None] == 1, cropped[:, :, ::-1], cropped)

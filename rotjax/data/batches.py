@@ -6,7 +6,7 @@ import grain
 import numpy as np
 
 from rotjax.data import tasks
-from rotjax.data.augmentation import below, crop_and_flip, draw
+from rotjax.data.augmentation import test_view, train_view
 from rotjax.errors import UsageError
 
 EVERYTHING = slice(None)
@@ -23,28 +23,28 @@ def train_batches(
     flip: bool = True,
     share: slice = EVERYTHING,
 ) -> grain.MapDataset[Arrays]:
-    """Batch `t` of `steps`: `batch_size` images, cropped, mirrored or not where `flip`, then given to the task.
+    """Batch `t` of `steps`: the `train_view` of the images that `train_picks` names."""
+    picks = train_picks(len(data["label"]), batch_size, steps, seed=seed, share=share)
+    return picks.map(partial(train_view, data, task=task, seed=seed, flip=flip))
 
-    Images come in a new order on every pass (epoch) over the data, and batches straddle passes. The crop's padding is an
-    eighth of the image, 4 pixels of 32. `share` is what of each batch is wanted here. Raises UsageError where a batch is
-    larger than the data.
+
+def train_picks(
+    count: int, batch_size: int, steps: int, *, seed: int, share: slice = EVERYTHING
+) -> grain.MapDataset[Arrays]:
+    """Which of `count` images go into batch `t` of `steps`, and in which pass: `{'epoch': i32[B], 'index': i32[B]}`.
+
+    Images come in a new order on every pass (epoch) over the data, and batches straddle passes. `share` is what of each
+    batch is wanted here. Raises UsageError where a batch is larger than the data.
     """
-    count, size = data["image"].shape[:2]
     check_fits(batch_size, count)
-    padding = size // 8
     order = lru_cache(maxsize=2)(partial(_order, seed, count))
 
-    def batch(step: int) -> Arrays:
+    def pick(step: int) -> Arrays:
         epoch, place = np.divmod(np.int64(step) * batch_size + np.arange(batch_size)[share], count)
         index = np.concatenate([order(e)[place[epoch == e]] for e in np.unique(epoch).tolist()])
-        words = partial(draw, seed=seed, epoch=epoch, index=index)
-        rows, columns = (below(2 * padding + 1, words(stream)) for stream in (tasks.ROWS, tasks.COLUMNS))
-        flips = words(tasks.FLIPS) >> 31 if flip else np.zeros_like(index)
-        images = crop_and_flip(data["image"][index], rows, columns, flips, padding)
-        images, labels = task(images, data["label"][index], words)
-        return {"image": images, "label": labels}
+        return {"epoch": epoch.astype(np.int32), "index": index.astype(np.int32)}
 
-    return grain.MapDataset.range(steps).map(batch)
+    return grain.MapDataset.range(steps).map(pick)
 
 
 def check_fits(batch_size: int, count: int) -> None:
@@ -57,17 +57,19 @@ def test_batches(
     data: Arrays, task: tasks.Task, batch_size: int, *, seed: int = 0, epoch: int = 0, share: slice = EVERYTHING
 ) -> grain.MapDataset[Arrays]:
     """Every image once, in order, as it is, given to the task; the last batch is padded with images of weight 0."""
-    count = len(data["label"])
+    picks = test_picks(len(data["label"]), batch_size, epoch=epoch, share=share)
+    return picks.map(partial(test_view, data, task=task, seed=seed))
 
-    def batch(number: int) -> Arrays:
-        index = np.arange(number * batch_size, (number + 1) * batch_size)[share]
+
+def test_picks(count: int, batch_size: int, *, epoch: int, share: slice = EVERYTHING) -> grain.MapDataset[Arrays]:
+    """Each of `count` images once, in order, with `weight` f32 `[B]` 1; the last batch is padded with images of weight 0."""
+
+    def pick(number: int) -> Arrays:
+        index = np.arange(number * batch_size, (number + 1) * batch_size, dtype=np.int32)[share]
         weight = (index < count).astype(np.float32)
-        index = np.minimum(index, count - 1)
-        words = partial(draw, seed=seed, epoch=epoch, index=index)
-        images, labels = task(data["image"][index], data["label"][index], words)
-        return {"image": images, "label": labels, "weight": np.repeat(weight, len(labels) // len(index))}
+        return {"epoch": np.full_like(index, epoch), "index": np.minimum(index, count - 1), "weight": weight}
 
-    return grain.MapDataset.range(-(-count // batch_size)).map(batch)
+    return grain.MapDataset.range(-(-count // batch_size)).map(pick)
 
 
 def read(batches: grain.MapDataset[Arrays], *, start: int = 0, threads: int = 0) -> grain.DatasetIterator[Arrays]:

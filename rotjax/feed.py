@@ -1,0 +1,106 @@
+"""How batches reach the devices, which changes none of their bytes: made on the host, or on the devices from images that
+lie there; one a dispatch, or several."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, Literal
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rotjax.data.batches import Arrays
+from rotjax.errors import UsageError
+from rotjax.parallel import replicated
+from rotjax.planning import Plan
+from rotjax.training import Make, sent
+
+Where = Literal["host", "device"]
+
+STEPS = 32  # a dispatch: enough to hide what one costs the host
+SENT = 2**25  # bytes with one dispatch
+MOST = 1024  # steps of a dispatch, or threads, that may be asked for
+ROOM = 4  # the images may take one part in so many of a device's memory
+
+
+@dataclass(frozen=True)
+class Stream:
+    """`elements`, one a batch, which become `make(data, element)` on the devices."""
+
+    elements: grain.MapDataset[Arrays]
+    make: Make
+    data: Any
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Batches are made where `augment` says, `steps` of them a dispatch, read by `threads`, 0 for the caller's."""
+
+    augment: Where
+    steps: int
+    threads: int
+
+    def put(self, data: Arrays, mesh: Mesh) -> Any:
+        """`data` where its batches are made."""
+        if self.augment == "host":
+            return data
+        return jax.tree.map(partial(jax.make_array_from_process_local_data, replicated(mesh)), data)
+
+    def stream(self, picks: grain.MapDataset[Arrays], view: Make, data: Any) -> Stream:
+        """The batches `view(data, pick)` of `data` that was `put`."""
+        if self.augment == "host":
+            return Stream(picks.map(partial(view, data)), sent, None)
+        return Stream(picks, view, data)
+
+
+def check(steps: int | None, threads: int | None) -> None:
+    """Raises UsageError for a number out of range."""
+    for name, value, least in (("steps_per_dispatch", steps, 1), ("threads", threads, 0)):
+        if value is not None and not least <= value <= MOST:
+            raise UsageError(f"--{name}={value} is out of range; it is at least {least} and at most {MOST}")
+
+
+def choose(plan: Plan, augment: Where | None, steps: int | None, threads: int | None) -> Feed:
+    """The feed of a run, what is None as it suits the devices; raises UsageError as `check` does.
+
+    A CPU makes batches as it trains, one step a dispatch: a loop of steps would be slow there, see `train_steps`.
+    """
+    check(steps, threads)
+    cpu, images = jax.default_backend() == "cpu", (plan.data.train["image"], plan.data.test["image"])
+    if augment is None:
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+        augment = "device" if not cpu and ROOM * sum(part.nbytes for part in images) <= memory else "host"
+    if steps is None:
+        size = plan.recipe.batch_size * (images[0][0].nbytes if augment == "host" else 8)
+        most = max(1, min(STEPS, plan.epoch_steps, plan.steps, SENT // size))
+        steps = 1 if cpu else 1 << most.bit_length() - 1  # a power of two
+    return Feed(augment, min(steps, plan.epoch_steps, plan.steps), (0 if cpu else 1) if threads is None else threads)
+
+
+def sizes(start: int, steps: int, epoch_steps: int, most: int) -> Iterator[int]:
+    """How many of the steps from `start` to `steps` each dispatch takes: `most`, or one.
+
+    Every epoch is divided alike, from its first step on, whichever step a run goes on from: the same step is computed by
+    the same program, to the same bits.
+    """
+    while start < steps:
+        place = start % epoch_steps
+        size = most if place % most == 0 and most <= min(epoch_steps - place, steps - start) else 1
+        yield size
+        start += size
+
+
+def programs(start: int, steps: int, epoch_steps: int, most: int) -> set[int]:
+    """What `sizes` may give."""
+    edges = (start % epoch_steps, epoch_steps, steps % epoch_steps)
+    return {most, 1} if any(edge % most for edge in edges) else {most}
+
+
+def stacked(elements: Iterable[Arrays], sizes: Iterable[int]) -> Iterator[Arrays]:
+    """As many `elements` as each of `sizes` says, along a new leading axis."""
+    elements = iter(elements)
+    for size in sizes:
+        yield jax.tree.map(lambda *arrays: np.stack(arrays), *islice(elements, size))

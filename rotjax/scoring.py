@@ -1,0 +1,49 @@
+"""What a run is scored on: the test set after every epoch, and at the end."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from functools import cache, partial
+
+from rotjax import parallel, training
+from rotjax.data import batches, tasks
+from rotjax.data.augmentation import test_view
+from rotjax.feed import Feed
+from rotjax.models import Classifier
+from rotjax.parallel import data_mesh
+from rotjax.planning import Plan
+from rotjax.recipe import Recipe, Rotation
+
+Score = Callable[[dict, tasks.Task, int], dict]
+
+
+def test_task(recipe: Recipe) -> tasks.Task:
+    """What the test after every epoch asks: one turn per image, as the report did."""
+    return tasks.random_turn if isinstance(recipe, Rotation) else tasks.classify
+
+
+def scorer(plan: Plan, model: Classifier, feed: Feed, until: Callable[[Iterable], Iterator]) -> Score:
+    """`(variables, task, epoch) -> loss, accuracy, confusion` on every test image."""
+    recipe, mesh = plan.recipe, data_mesh()
+    data, step = feed.put(plan.data.test, mesh), cache(partial(training.eval_step, model, mesh))
+    view = cache(lambda task: partial(test_view, task=task, seed=recipe.seed))
+    share = parallel.share(recipe.batch_size, mesh)
+
+    def score(variables: dict, task: tasks.Task, epoch: int) -> dict:
+        picks = batches.test_picks(len(plan.data.test["label"]), recipe.batch_size, epoch=epoch, share=share)
+        stream = feed.stream(picks, view(task), data)
+        with closing(batches.read(stream.elements)) as reader:
+            placed = training.place(until(reader), mesh)
+            return training.evaluate(partial(step(stream.make), data=stream.data), variables, placed)
+
+    return score
+
+
+def final_scores(plan: Plan, score: Callable, variables: dict) -> dict:
+    """Rotations on all four turns of every image, and as after every epoch on one random turn each; or classes."""
+    epoch = -(-plan.steps // plan.epoch_steps)
+    if isinstance(plan.recipe, Rotation):
+        every, one = score(variables, tasks.all_turns, epoch), score(variables, tasks.random_turn, epoch)
+        accuracies = {"rotation_accuracy": every["accuracy"], "rotation_accuracy_random": one["accuracy"]}
+        return accuracies | {"confusion": every["confusion"].tolist()}
+    result = score(variables, tasks.classify, epoch)
+    return {"accuracy": result["accuracy"], "confusion": result["confusion"].tolist()}
