@@ -1,7 +1,7 @@
 """What rotjax is measured against: PyTorch's train step, and Grain's pipeline as one would first write it."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -62,8 +62,8 @@ def _stemmed(model: Any, stem: str) -> Any:
     return model
 
 
-def naive_batches(data: Arrays, batch_size: int, seed: int = 0) -> Iterator[Arrays]:
-    """Crop, flip and random rotation an image at a time, batched by Grain."""
+def naive_batches(data: Arrays, batch_size: int, options: grain.ReadOptions | None) -> grain.DatasetIterator[Arrays]:
+    """Crop, flip and random rotation an image at a time, batched by Grain and read as it does by default."""
     padding = data["image"].shape[1] // 8
 
     def augment(element: dict, rng: np.random.Generator) -> dict:
@@ -76,5 +76,5 @@ def naive_batches(data: Arrays, batch_size: int, seed: int = 0) -> Iterator[Arra
         return {"image": np.rot90(image, turn).copy(), "label": np.int32(turn)}
 
     elements = [{"image": image} for image in data["image"]]
-    dataset = grain.MapDataset.source(elements).seed(seed).shuffle().repeat().random_map(augment).batch(batch_size)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    dataset = grain.MapDataset.source(elements).seed(0).shuffle().repeat().random_map(augment).batch(batch_size)
+    return iter(dataset.to_iter_dataset(options))

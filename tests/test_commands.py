@@ -66,6 +66,7 @@ def test_the_whole_job_on_the_embedded_digits(tmp_path):
         f"--pretrained={workdir}",
         "--trainable=head",
         "--workdir=mine",
+        *("--augment=device", "--steps_per_dispatch=2", "--threads=1"),
     ]
     done = subprocess.run(
         line,

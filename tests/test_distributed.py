@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,6 +20,9 @@ import pytest
 import rotjax
 from experiments import command
 from rotjax import checkpoints, parallel
+from rotjax.data.augmentation import train_view
+from rotjax.data.batches import train_picks
+from rotjax.feed import Feed
 
 RECIPE = rotjax.Rotation(stem="cifar", width=4, batch_size=8, epochs=2)
 
@@ -46,8 +50,12 @@ def first_step(folder):
     gradients = jax.tree.map(lambda a, b: a - np.asarray(b), before, state.variables["params"])
     tests = rotjax.test_batches(data, rotjax.all_turns, 24, share=parallel.share(24, mesh))
     scores = rotjax.evaluate(rotjax.eval_step(model), state.variables, rotjax.place(rotjax.read(tests)))
+    feed, view = Feed("device", 1, 0), partial(train_view, task=rotjax.random_turn, seed=0, flip=True)
+    stream = feed.stream(train_picks(64, 32, 2, seed=0, share=share), view, feed.put(data, mesh))
+    made = jax.jit(stream.make)(stream.data, *rotjax.place([stream.elements[1]]))["image"].addressable_data(0)
     found = {"loss": metrics["loss"], "gradient": gradients, "statistic": state.variables["batch_stats"]}
-    found |= {"label": np.concatenate([seen[t]["label"] for t in range(2)]), "pixels": batch["image"], "score": scores}
+    found |= {"label": np.concatenate([seen[t]["label"] for t in range(2)]), "pixels": batch["image"], "made": made}
+    found["score"] = scores
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
     np.savez(folder / f"{jax.process_index()}.npz", **flat)
 
@@ -134,9 +142,11 @@ def test_P2_two_processes_agree_with_one_and_share_each_batch(whole, tmp_path):
     first_step(tmp_path)
     one, *two = (dict(np.load(path)) for path in (tmp_path / "0.npz", whole / "0.npz", whole / "1.npz"))
     np.testing.assert_array_equal(np.concatenate([part["['pixels']"] for part in two]), one["['pixels']"])
+    for part in (one, *two):
+        np.testing.assert_array_equal(part["['made']"], part["['pixels']"])
     assert sorted(np.concatenate([part["['label']"] for part in two])) == list(range(64))
     np.testing.assert_array_equal(two[0]["['score']['confusion']"].sum(1), [64] * 4)
-    for name in one.keys() - {"['pixels']", "['label']"}:
+    for name in one.keys() - {"['pixels']", "['made']", "['label']"}:
         np.testing.assert_array_equal(two[0][name], two[1][name])
         scale = max(abs(one[name]).max(), 1e-6)
         assert abs(one[name] - two[0][name]).max() / scale < (1e-4 if "gradient" in name else 1e-5), name
