@@ -13,7 +13,7 @@ from pathlib import Path
 import grain
 import jax
 
-from experiments import command, speed
+from experiments import command, overheads, speed
 from experiments.outcomes import RESULTS
 from experiments.report import say
 from experiments.tables import table
@@ -71,7 +71,7 @@ ROWS = (
     _torch("a", "resnet18", "imagenet", 1.0),
     _torch("b", "densenet121", "imagenet", 0.9),
     _torch("c", "resnet18", "cifar", 0.8),
-    Row("d", "epoch by the command's loop / bare steps on a resident batch", 0.95, True, speed.epoch_and_steps),
+    Row("d", "epoch by the command's loop / bare steps on a resident batch", 0.95, True, overheads.epoch_and_steps),
     _pipeline("e", "as it reads by default", None),
     _pipeline("e-unthreaded", "without threads", grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)),
     _hosted("host"),
@@ -93,8 +93,8 @@ ROWS = (
         "FLOPs",
     ),
     Row("h", "evaluation / training", 2.5, True, speed.evaluation_and_training),
-    Row("i", "blocked by a checkpoint / synchronous save", 0.3, False, speed.saves, "s"),
-    Row("j", "second / first start to the first step, densenet121", 0.4, False, speed.starts, "s"),
+    Row("i", "blocked by a checkpoint / synchronous save", 0.3, False, overheads.saves, "s"),
+    Row("j", "second / first start to the first step, densenet121", 0.4, False, overheads.starts, "s"),
     *(_floor(network, goal) for network, goal in NETWORKS.items()),
     *(_compiled(network, batch_size) for network in NETWORKS for batch_size in (128, 512)),
     Row(
@@ -102,7 +102,7 @@ ROWS = (
         "row 1 of the report, 45 epochs, from the shell to its summary / one second",
         40.0,
         False,
-        speed.whole_run,
+        overheads.whole_run,
         "s",
         True,
     ),

@@ -31,5 +31,6 @@ from rotjax.training import init_state as init_state
 from rotjax.training import init_variables as init_variables
 from rotjax.training import place as place
 from rotjax.training import train_step as train_step
+from rotjax.training import train_steps as train_steps
 from rotjax.transfer import graft as graft
 from rotjax.transfer import part as part

@@ -1,0 +1,89 @@
+"""What a run costs beside its steps, for `experiments.benchmark`: whole epochs, checkpoints, starts."""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import rotjax
+from experiments import speed
+
+
+def epoch_and_steps() -> speed.Sides:
+    """Images/s of an epoch of 195 steps by the command's own loop, checkpoints included, and of bare steps."""
+    train, test = (
+        {"image": speed.images(count)["image"], "label": np.full(count, -1)} for count in (195 * speed.BATCH, speed.BATCH)
+    )
+    data = rotjax.Dataset("noise", (), train, test)
+    plan = rotjax.plan(rotjax.Rotation(stem="imagenet", epochs=1), data=data)
+
+    def epoch() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            list(rotjax.train(plan, folder))
+            return json.loads((Path(folder) / "summary.json").read_text())["images_per_second"]
+
+    return epoch, speed.train_steps("resnet18", "imagenet")
+
+
+def saves() -> speed.Sides:
+    """Seconds until training may go on after it has asked for a checkpoint, and until one is written and verified."""
+    model, optimizer = rotjax.create("resnet18", 4), rotjax.adamw(1e-3)
+    state = rotjax.init_state(optimizer, rotjax.init_variables(model, 0, 32))
+    folder, numbers = tempfile.TemporaryDirectory(), itertools.count(1)
+
+    def save(wait: bool) -> float:
+        this = jax.block_until_ready(dataclasses.replace(state, step=jnp.int32(next(numbers))))
+        with rotjax.checkpoints.open_checkpoints(Path(folder.name)) as checkpoints:
+            began = time.perf_counter()
+            rotjax.checkpoints.save(checkpoints, this)
+            if wait:
+                rotjax.checkpoints.wait(checkpoints)
+            return time.perf_counter() - began
+
+    return lambda: save(False), lambda: save(True)
+
+
+def starts() -> speed.Sides:
+    """Seconds from the shell to the first row of metrics of DenseNet121: where it was compiled before, and where not."""
+    cache = tempfile.TemporaryDirectory()
+
+    def start(home: str) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            flags = ["--backbone=densenet121", "--dataset=digits", "--batch_size=128", "--log_steps=1", "--max_steps=1"]
+            words = [sys.executable, "-m", "experiments.rotation", *flags, f"--workdir={folder}/run"]
+            began, rows = time.perf_counter(), Path(folder) / "run" / "metrics.jsonl"
+            env = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+            with subprocess.Popen(words, env=env | {"XDG_CACHE_HOME": home}, stdout=subprocess.DEVNULL) as process:
+                while process.poll() is None and not (rows.exists() and rows.read_text()):
+                    time.sleep(0.02)
+                process.kill()
+            return time.perf_counter() - began
+
+    def first() -> float:
+        with tempfile.TemporaryDirectory() as home:
+            return start(home)
+
+    start(cache.name)
+    return lambda: start(cache.name), first
+
+
+def whole_run() -> speed.Sides:
+    """Seconds of row 1 of the report, from the shell to the summary, with an empty compilation cache; and 1."""
+
+    def whole() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            words = [sys.executable, "-m", "experiments.rotation", f"--workdir={folder}/run"]
+            began = time.perf_counter()
+            subprocess.run(words, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"}, check=True)
+            return time.perf_counter() - began
+
+    return whole, lambda: 1.0
