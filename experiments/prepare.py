@@ -21,7 +21,7 @@ from tensorflow_datasets.core import shuffle
 from experiments.archives import Archive, catalogued, fetch, lacking, verify
 from experiments.command import DataDir, check_folder, cli, guarded
 from experiments.report import say
-from rotjax.data import prepared
+from rotjax.data import catalogue, prepared
 from rotjax.errors import DataError, UsageError, launcher
 from rotjax.locks import held
 
@@ -64,8 +64,8 @@ def run(dataset: str, archive: Path | None, data_dir: Path | None, image_size: i
     if image_size is not None and (dataset == "cifar10" or image_size < 1):
         raise UsageError(f"--image_size={image_size}: it is for imagenette, and at least 1; leave it out")
     check_folder("data_dir", data_dir)
-    name = prepared.qualified(dataset, image_size or 160)
-    folder = prepare(name, prepared.home(data_dir), archive)
+    name = catalogue.qualified(dataset, image_size or 160)
+    folder = prepare(name, catalogue.home(data_dir), archive)
     flags = f"--dataset={dataset}" + (f" --image_size={image_size or 160}" if dataset == "imagenette" else "")
     flags += f" --data_dir={shlex.quote(str(data_dir))}" if data_dir else ""
     say(f"{name} is prepared in {folder}; use it: {launcher()}python -m experiments.rotation {flags}")

@@ -15,7 +15,7 @@ from PIL import Image
 import rotjax
 from experiments import command, figures, report
 from rotjax import parallel
-from rotjax.data import prepared
+from rotjax.data import catalogue
 from rotjax.errors import UsageError
 
 TINY = ["--dataset=digits", "--stem=cifar", "--image_size=8", "--width=4", "--max_steps=4"]
@@ -255,7 +255,7 @@ def test_F4_no_home_and_no_cache_folder(monkeypatch, tmp_path, cache, notes):
     command.cache_compilations()
     assert [note.startswith("no compilation cache: ") for note in notes] == [True, True]
     with pytest.raises(UsageError, match="no home folder.*--data_dir"):
-        prepared.home(None)
+        catalogue.home(None)
 
 
 NOBODY = "import pwd\ndef getpwuid(number): raise KeyError(number)\npwd.getpwuid = getpwuid\n"

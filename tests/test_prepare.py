@@ -24,7 +24,7 @@ from tensorflow_datasets.core import hashing, shuffle
 
 from experiments import archives, prepare
 from experiments.archives import Archive
-from rotjax.data import prepared
+from rotjax.data import catalogue, prepared
 from rotjax.errors import DataError, InUseError
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -220,8 +220,8 @@ def test_disk_too_small(tmp_path):
 
 def test_catalogue():
     found = {name: archives.catalogued(name.partition("/")[0], filename) for name, filename in prepare.ARCHIVES.items()}
-    assert set(found) == {"cifar10", *(f"imagenette/{config}" for config in prepared.IMAGENETTE)}
-    assert {name: round(archive.size / 1e6) for name, archive in found.items()} == prepared.MEGABYTES
+    assert set(found) == {"cifar10", *(f"imagenette/{config}" for config in catalogue.IMAGENETTE)}
+    assert {name: round(archive.size / 1e6) for name, archive in found.items()} == catalogue.MEGABYTES
     assert found["cifar10"] == Archive(
         "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         170052171,

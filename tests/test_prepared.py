@@ -14,7 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from rotjax.data import prepared, sources
+from rotjax.data import catalogue, prepared, sources
 from rotjax.errors import DataError, UsageError
 
 IMAGE, CLASSES = tfds.features.Image(shape=(None, None, 3)), ("cat", "dog")
@@ -167,7 +167,7 @@ def test_newest_version(tmp_path):
     [(8, "160px-v2"), (160, "160px-v2"), (161, "320px-v2"), (320, "320px-v2"), (321, "full-size-v2"), (900, "full-size-v2")],
 )
 def test_configs_of_imagenette(tmp_path, image_size, config):
-    assert prepared.qualified("imagenette", image_size) == f"imagenette/{config}"
+    assert catalogue.qualified("imagenette", image_size) == f"imagenette/{config}"
     with pytest.raises(DataError, match=f"^imagenette/{config} is not prepared"):
         prepared.load("imagenette", image_size, tmp_path)
     write(tmp_path, {"train": pictures(2), "validation": pictures(1)}, name="imagenette", config=config)

@@ -1,11 +1,7 @@
 """Data sets that TFDS has prepared as array_record, read without TensorFlow. Import it where needed: TFDS takes a while."""
 
-import difflib
 import io
 import logging
-import os
-import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -15,20 +11,16 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from rotjax.data import catalogue
 from rotjax.data.batches import Arrays, check_fits
 from rotjax.data.dataset import Dataset
 from rotjax.data.decoded import decoded, fingerprint
 from rotjax.data.pixels import square
-from rotjax.errors import DataError, RotjaxError, UsageError, launcher
+from rotjax.errors import DataError
 
 log = logging.getLogger(__name__)
 
-MEGABYTES = {  # that experiments.prepare downloads
-    "cifar10": 170, "imagenette/160px-v2": 99, "imagenette/320px-v2": 342, "imagenette/full-size-v2": 1557,
-}  # fmt: skip
-IMAGENETTE = {"160px-v2": 160, "320px-v2": 320, "full-size-v2": 512}  # the shorter sides in pixels, of the last about
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # that an image of TFDS may be encoded in
-NAME = re.compile(r"[A-Za-z_]\w*(/\w[\w.+-]*)?", re.ASCII)
 
 Builder = Any  # tfds.core.DatasetBuilder, whose annotations do not know what kind of features it has
 
@@ -47,8 +39,8 @@ def load(
     for a name that is none or fewer training images than `batch_size`, DataError for a set that is not prepared, is
     damaged, or is not of images.
     """
-    name = qualified(name, image_size)
-    folder = _newest(name, home(data_dir))
+    name = catalogue.qualified(name, image_size)
+    folder = catalogue.newest(name, catalogue.home(data_dir))
     builder = opened(folder)
     classes = _classes(builder)
     splits = builder.info.splits
@@ -66,36 +58,6 @@ def load(
     return Dataset(name, classes, *parts)
 
 
-def home(data_dir: str | Path | None) -> Path:
-    """TFDS's folder of prepared data sets: `data_dir`, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`; raises UsageError."""
-    try:
-        return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-    except RuntimeError as error:
-        raise UsageError(f"this user has no home folder ({error}); name the folder of data sets, --data_dir") from error
-
-
-def qualified(name: str, image_size: int) -> str:
-    """`name`, with the smallest config that has enough pixels where it is imagenette."""
-    if name != "imagenette":
-        return name
-    return f"{name}/{next((config for config, side in IMAGENETTE.items() if side >= image_size), 'full-size-v2')}"
-
-
-def command(name: str, data_dir: Path) -> str:
-    """What to type to have `name` prepared in `data_dir`."""
-    kind, _, config = name.partition("/")
-    elsewhere = data_dir != home(None)
-    if name == "cifar10" or (kind == "imagenette" and config in IMAGENETTE):
-        size = f" --image_size={IMAGENETTE[config]}" if config not in ("", "160px-v2") else ""
-        return f"{launcher()}python -m experiments.prepare {kind}{size}" + (
-            f" --data_dir={shlex.quote(str(data_dir))}" if elsewhere else ""
-        )
-    where = f"TFDS_DATA_DIR={shlex.quote(str(data_dir))} " if elsewhere else ""
-    packages = "--with=tensorflow-datasets,tensorflow,importlib-resources"
-    script = f"import tensorflow_datasets as t;t.builder('{name}',file_format='array_record').download_and_prepare()"
-    return f'{where}uv run --no-project -p3.12 {packages} python -c "{script}"'  # `tfds build` asks for more packages
-
-
 def opened(folder: Path) -> Builder:
     """The reader of the set in `folder`, `.../name/version`; raises DataError where it is damaged or not array_record."""
     remedy = f"remove {folder} and prepare it again"
@@ -111,74 +73,6 @@ def opened(folder: Path) -> Builder:
     if missing := next((path for path in shards if not path.is_file()), None):
         raise DataError(f"{missing} is missing; {remedy}")
     return builder
-
-
-def _newest(name: str, data_dir: Path) -> Path:
-    """The folder of the newest version of `name`, of its default config where it has configs and none is named."""
-    if not NAME.fullmatch(name):
-        raise _unknown(name)
-    versions = _versions(data_dir / name)
-    if not versions and "/" not in name and (configs := _configs(name)):
-        name = f"{name}/{configs[0]}"
-        versions = _versions(data_dir / name)
-    if not versions:
-        raise _absent(name, data_dir)
-    return data_dir / name / max(versions, key=tfds.core.Version)
-
-
-def _versions(folder: Path) -> list[str]:
-    """Names of the versions in `folder`; what a preparation that broke off has left is called otherwise."""
-    return [name for name in _folders(folder) if tfds.core.Version.is_valid(name)]
-
-
-def _folders(folder: Path) -> list[str]:
-    try:
-        return sorted(path.name for path in folder.iterdir() if path.is_dir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror}); name another --data_dir") from error
-
-
-def _configs(kind: str) -> list[str]:
-    """Names of the configs of TFDS's set `kind`, the default one first; raises UsageError where TFDS knows no such set."""
-    if kind not in _catalogue():
-        raise _unknown(kind)
-    try:
-        builder = tfds.builder_cls(kind)
-    except ImportError:  # of a package that only preparing it takes
-        return []
-    default = builder.default_builder_config
-    return sorted(builder.builder_configs, key=lambda config: config != default.name) if default else []
-
-
-def _catalogue() -> list[str]:
-    return tfds.list_builders(with_community_datasets=False)  # the community's would be asked for over the network
-
-
-def _unknown(name: str) -> UsageError:
-    known = ["digits", *_catalogue()]
-    nearest = difflib.get_close_matches(name.lower().partition("/")[0], known)
-    hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
-    return UsageError(f"{name!r} is neither a folder nor a data set that TFDS knows{hint}; name one, or an existing folder")
-
-
-def _absent(name: str, data_dir: Path) -> RotjaxError:
-    kind, _, config = name.partition("/")
-    configs = _configs(kind)
-    if config and config not in configs:
-        nearest = difflib.get_close_matches(config, configs) or configs[:5]
-        hint = f"; nearest: {', '.join(nearest)}" if nearest else ", it has none"
-        return UsageError(f"{config!r} is no config of {kind}{hint}")
-    there = [f"{kind}/{other}" for other in _folders(data_dir / kind) if _versions(data_dir / kind / other)]
-    where = str(data_dir) if data_dir.is_dir() else f"{data_dir}, which does not exist"
-    others = f" ({', '.join(there)} is)" if there else ""
-    todo = f"run: {command(name, data_dir)}"
-    if name in MEGABYTES:
-        todo += f" (downloads {MEGABYTES[name]} MB; --dataset=digits needs nothing)"
-    elif data_dir != home(None):  # the command, which is long, says where
-        return DataError(f"{name} is not prepared{others}; {todo}")
-    return DataError(f"{name} is not prepared in {where}{others}; {todo}")
 
 
 def _classes(builder: Builder) -> tuple[str, ...]:

@@ -1,0 +1,145 @@
+"""What a folder of photographs holds: which files, in which classes, to train or to test on."""
+
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable
+from functools import cache
+from itertools import chain, groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from rotjax.errors import DataError
+
+TRAIN, TESTS = "train", ("test", "validation", "val")  # of several the first is tested on
+MOST = 5  # names in a line
+UNDRAWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow opens but leaves to other programs to draw
+UNOPENED = {".heic", ".heif"}  # photographs all the same: better counted as unreadable than passed over
+
+log = logging.getLogger(__name__)
+
+
+class Photograph(NamedTuple):
+    name: str  # path within the data set's folder, with "/"
+    label: int  # -1 where there are no classes
+
+
+def found(folder: Path) -> tuple[list[Photograph], int, tuple[str, ...], bool]:
+    """Photographs, those to train on first; how many these are; the classes; whether the others are held out of them."""
+    train_root, test_root = _divided(folder)
+    classes, train = _classes(folder, train_root)
+    if test_root is None:
+        train, test = _hold_out(train)
+        return train + test, len(train), classes, True
+    test_classes, test = _classes(folder, test_root)
+    if odd := sorted(set(classes) ^ set(test_classes)):
+        names = f"{shown(train_root.name)} and {shown(test_root.name)}"
+        classes = unclassed(f"in {shown(folder)} {names} do not both have the classes {few(odd)}")
+    return train + test, len(train), classes, False
+
+
+def _divided(folder: Path) -> tuple[Path, Path | None]:
+    """The folders to train and to test on; `folder` and None where nothing is divided."""
+    subfolders = {path.name.lower(): path for path in _subfolders(folder)}
+    tests = [name for name in TESTS if name in subfolders]
+    if TRAIN not in subfolders and tests and len(tests) == len(subfolders):
+        raise DataError(f"{shown(folder)} has {few(tests)} but no folder {TRAIN}; add one, or name the folder inside")
+    if TRAIN not in subfolders or (len(subfolders) > 1 and not tests):  # beside others train is a class of that name
+        return folder, None
+    train_root, test_root = subfolders[TRAIN], subfolders[tests[0]] if tests else None
+    others = sorted(path.name for path in folder.iterdir() if path not in (train_root, test_root))
+    if others := [shown(name) for name in others if not name.startswith(".")]:
+        testing = f", testing on {test_root.name}" if test_root else ""
+        log.info(f"training on {train_root.name}{testing}; left alone beside: {few(others)}")
+    return train_root, test_root
+
+
+def _classes(folder: Path, root: Path) -> tuple[tuple[str, ...], list[Photograph]]:
+    """The classes below `root`, or none, and their photographs in the order of their names."""
+    beside = sorted(path for path in root.iterdir() if not path.name.startswith(".") and not path.is_dir())
+    below = {top: _files(top) for top in _subfolders(root)}
+    others = Counter(_suffix(file) for file in chain(beside, *below.values()) if _suffix(file) not in _suffixes())
+    strange = few(f"{count:,} {shown(suffix) or 'without'}" for suffix, count in others.most_common())
+    beside, *images = ([file for file in files if _suffix(file) in _suffixes()] for files in (beside, *below.values()))
+    tops = list(below) if any(images) else []
+    if not tops and not beside:
+        raise DataError(f"{shown(root)} holds no images ({strange or 'no files'}); name a folder of images")
+    if tops and beside:
+        names = few(shown(file.name) for file in beside)
+        log.info(f"{len(beside):,} images beside the class folders of {shown(root)} are left out: {names}")
+    if strange:
+        log.info(f"left out of {shown(root)}, no images by their suffix: {strange}")
+    labelled = enumerate(images) if tops else [(-1, beside)]
+    photographs = [Photograph(file.relative_to(folder).as_posix(), label) for label, files in labelled for file in files]
+    return tuple(shown(top.name) for top in tops), sorted(photographs)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _files(top: Path) -> list[Path]:
+    """Files that are not hidden anywhere below `top`; each folder is entered once, as links may lead back."""
+
+    def refuse(error: OSError):
+        raise error
+
+    found, entered = [], {_identity(top.parent)}
+    for where, folders, names in os.walk(top, onerror=refuse, followlinks=True):
+        if _identity(where) in entered:
+            folders.clear()
+            continue
+        entered.add(_identity(where))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(where, name) for name in names if not name.startswith(".")]
+    return found
+
+
+def _suffix(file: Path) -> str:
+    return file.suffix.lower()
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _hold_out(photographs: list[Photograph]) -> tuple[list[Photograph], list[Photograph]]:
+    """The photographs less a tenth of each class, of two or more at least one, and that tenth."""
+    test: set[Photograph] = set()
+    for _, group in groupby(sorted(photographs, key=lambda p: p.label), key=lambda p: p.label):
+        ranked = sorted(group, key=lambda p: hashlib.sha256(os.fsencode(p.name)).digest())
+        test.update(ranked[: max((len(ranked) + 5) // 10, 1) if len(ranked) > 1 else 0])
+    return [p for p in photographs if p not in test], [p for p in photographs if p in test]
+
+
+def unclassed(reason: str) -> tuple[str, ...]:
+    """No classes, and a line that says why: to predict rotations the images are enough."""
+    log.warning(f"{reason}: its images are taken without classes")
+    return ()
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    opened = {"MPO", *formats()}  # Pillow opens MPO, of two pictures, as a JPEG
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in opened) | UNOPENED
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in Image.ID if name not in UNDRAWN)
+
+
+def few(words: Iterable[str]) -> str:
+    words = list(words)
+    more = f" and {len(words) - MOST:,} more" if len(words) > MOST else ""
+    return ", ".join(words[:MOST]) + more
+
+
+def shown(words: object) -> str:
+    """`words` in one line that any output takes: file names may hold line breaks and bytes that are no text."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(words))
