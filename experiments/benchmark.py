@@ -144,7 +144,7 @@ def run(only: str, repeats: int, results: Path, profile: Path | None = None) -> 
     command.check_folder("profile", profile)
     parallel.check_devices()
     if profile:
-        step = speed.train_steps("resnet18", "imagenet")
+        step = speed.train_rate("resnet18", "imagenet")
         with jax.profiler.trace(str(profile)):
             step()
         say(f"the trace of a second of train steps is in {profile}")
@@ -165,11 +165,13 @@ def run(only: str, repeats: int, results: Path, profile: Path | None = None) -> 
 
 def chosen(only: str) -> Sequence[Row]:
     """The rows in the comma-separated `only`, by their name or their letter; all where it is empty."""
-    words = [word.strip() for word in only.split(",")] if only else []
-    for word in words:
-        if not any(word in (row.name, row.name[0]) for row in ROWS):
+    chosen = []
+    for word in (word.strip() for word in only.split(",")) if only else ():
+        named = [row for row in ROWS if row.name == word] or [row for row in ROWS if row.name[0] == word]
+        if not named:
             raise UsageError(f"--only: there is no row {word!r}; rows are {', '.join(row.name for row in ROWS)}")
-    return [row for row in ROWS if not words or row.name in words or row.name[0] in words]
+        chosen += named
+    return [row for row in ROWS if row in chosen] if only else ROWS
 
 
 def measure(row: Row, repeats: int) -> dict:

@@ -140,7 +140,9 @@ def guarded(job) -> int:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _failed(UsageError(f"out of memory ({' '.join(str(error).split())[:120]}); lower --batch_size"))
+        return _failed(
+            UsageError(f"out of memory ({' '.join(str(error).split())[:120]}); lower --batch_size, or say --augment=host")
+        )
     return 0
 
 
@@ -171,10 +173,10 @@ def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Pla
     """The workdir of `recipe`, trained under a progress bar, with figures beside the run's files; and its plan."""
     if execution.log_steps < 1 or not execution.checkpoint_seconds >= 0:
         raise UsageError("--log_steps is at least 1 and --checkpoint_seconds at least 0")
-    feed.check(execution.steps_per_dispatch, execution.threads)
     if execution.distributed:
         parallel.join()
     parallel.check_devices()
+    feed.check(execution.steps_per_dispatch, execution.threads)
     if not parallel.primary():
         sys.stdout = None
     warn_of_idle_gpu()

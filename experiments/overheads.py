@@ -31,7 +31,7 @@ def epoch_and_steps() -> speed.Sides:
             list(rotjax.train(plan, folder))
             return json.loads((Path(folder) / "summary.json").read_text())["images_per_second"]
 
-    return epoch, speed.train_steps("resnet18", "imagenet")
+    return epoch, speed.train_rate("resnet18", "imagenet")
 
 
 def saves() -> speed.Sides:

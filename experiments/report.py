@@ -109,11 +109,12 @@ class Progress:
         step, now = row["step"], time.perf_counter()
         if self.last is None:  # only now is it known where a resumed run goes on from
             self.bar.close()
-            self.bar = self._bar(step)
-        elif step % self.plan.epoch_steps and step != self.plan.steps:  # else the time of testing is in it
+            self.bar, self.last = self._bar(step), (step, now)
+        elif now - self.last[1] > 0.05:  # else the row is of the same dispatch
             before, then = self.last
-            self.speed = f", {(step - before) * self._views() / (now - then):,.0f} images/s"
-        self.last = step, now
+            if step % self.plan.epoch_steps and step != self.plan.steps:  # else the time of testing is in it
+                self.speed = f", {(step - before) * self._views() / (now - then):,.0f} images/s"
+            self.last = step, now
         loss = row.get("loss", row.get("train_loss"))
         self.bar.n = step
         self.bar.set_postfix_str(f"epoch {row['epoch']}/{self.epochs}, loss {loss:.3f}{self.speed}")

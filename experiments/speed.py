@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 
 import grain
 import jax
@@ -16,7 +17,8 @@ import rotjax
 from experiments import peers
 from experiments.peers import Timed
 from rotjax import training
-from rotjax.data.batches import train_picks
+from rotjax.data.augmentation import train_view
+from rotjax.data.batches import train_picks, viewed
 from rotjax.feed import STEPS, Where, stacked
 from rotjax.optim import FROZEN
 
@@ -53,8 +55,8 @@ def per_second(timed: Timed, size: int) -> Side:
     return side
 
 
-def train_steps(name: str, stem: str, batch_size: int = BATCH, dtype: str = "float32", trainable: str = "all") -> Side:
-    """Images/s of jitted steps on resident batches, as many a dispatch as the command takes on this device."""
+def train_rate(name: str, stem: str, batch_size: int = BATCH, dtype: str = "float32", trainable: str = "all") -> Side:
+    """Images/s of jitted steps on resident batches, one a dispatch on a CPU, else STEPS."""
     timed, steps, _ = _steps(name, stem, batch_size, dtype, trainable)
     return per_second(timed, steps * batch_size)
 
@@ -64,13 +66,13 @@ def train_and_torch(name: str, stem: str, batch_size: int = BATCH, dtype: str = 
     try:
         step = peers.torch_step(name, stem, images(batch_size), dtype=dtype, compiled=compiled)
     except ImportError:
-        return train_steps(name, stem, batch_size, dtype), None
-    return train_steps(name, stem, batch_size, dtype), per_second(step, batch_size)
+        return train_rate(name, stem, batch_size, dtype), None
+    return train_rate(name, stem, batch_size, dtype), per_second(step, batch_size)
 
 
-def pipelines(options: grain.ReadOptions | None, count: int = 400) -> Sides:
+def pipelines(options: grain.ReadOptions | None) -> Sides:
     """Images/s of the training batches of both, read on one core: Grain's from a new start, so that none is read ahead."""
-    data = images(10_000)
+    data, count = images(10_000), round(400 * SECONDS)  # of the last few, threads have others under way
 
     def naive() -> float:
         with _one_core():
@@ -85,12 +87,12 @@ def pipelines(options: grain.ReadOptions | None, count: int = 400) -> Sides:
 
 def pipeline_and_step(augment: Where) -> Sides:
     """Images/s of what the host does on one core for batches that are made where `augment` says, and of steps."""
-    return per_second(_batches(images(10_000), augment), BATCH), train_steps("resnet18", "imagenet")
+    return per_second(_batches(images(10_000), augment), BATCH), train_rate("resnet18", "imagenet")
 
 
 def frozen_and_full() -> Sides:
     """Seconds an image takes where the last block trains, and where everything does."""
-    frozen, full = train_steps("resnet18", "imagenet", trainable="last_block"), train_steps("resnet18", "imagenet")
+    frozen, full = train_rate("resnet18", "imagenet", trainable="last_block"), train_rate("resnet18", "imagenet")
     return lambda: 1 / frozen(), lambda: 1 / full()
 
 
@@ -112,13 +114,13 @@ def evaluation_and_training() -> Sides:
         jax.block_until_ready([step(variables, batch) for _ in range(count)])
         return time.perf_counter() - began
 
-    return per_second(evaluate, BATCH), train_steps("resnet18", "imagenet")
+    return per_second(evaluate, BATCH), train_rate("resnet18", "imagenet")
 
 
 def step_and_floor(name: str) -> Sides:
     """Seconds of a step at batch 512 in bfloat16, and what its arithmetic and its traffic take on this device."""
     flops, traffic = COUNTS[name]
-    step, peak = train_steps(name, "cifar", 512, "bfloat16"), _peaks()
+    step, peak = train_rate(name, "cifar", 512, "bfloat16"), _peaks()
     return lambda: 512 / step(), lambda: 512 * (flops * 1e9 / peak[0]() + traffic * 1e6 / peak[1]())
 
 
@@ -144,10 +146,9 @@ def _steps(name: str, stem: str, batch_size: int, dtype: str, trainable: str) ->
 
 
 def _batches(data: dict[str, np.ndarray], augment: Where = "host") -> Timed:
-    stream = rotjax.train_batches(data, rotjax.random_turn, BATCH, 10**6, seed=0)
-    if augment == "device":
-        stream = train_picks(len(data["label"]), BATCH, 10**6, seed=0)
-    reader = rotjax.read(stream)
+    picks = train_picks(len(data["label"]), BATCH, 10**6, seed=0)
+    view = partial(train_view, task=rotjax.random_turn, flip=True)
+    reader = rotjax.read(picks if augment == "device" else viewed(data, picks, view))
 
     def read(count: int) -> float:
         with _one_core():

@@ -7,14 +7,13 @@ from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rotjax.data.batches import Arrays
+from rotjax.data.batches import Arrays, Batches, viewed
 from rotjax.errors import UsageError
-from rotjax.parallel import replicated
+from rotjax.parallel import highest, replicated
 from rotjax.planning import Plan
 from rotjax.training import Make, sent
 
@@ -22,7 +21,7 @@ Where = Literal["host", "device"]
 
 STEPS = 32  # a dispatch: enough to hide what one costs the host
 SENT = 2**25  # bytes with one dispatch
-MOST = 1024  # steps of a dispatch, or threads, that may be asked for
+MOST, COPIES = 1024, 8  # steps of a dispatch, or threads, that may be asked for; on a CPU each step is compiled by itself
 ROOM = 4  # the images may take one part in so many of a device's memory
 
 
@@ -30,7 +29,7 @@ ROOM = 4  # the images may take one part in so many of a device's memory
 class Stream:
     """`elements`, one a batch, which become `make(data, element)` on the devices."""
 
-    elements: grain.MapDataset[Arrays]
+    elements: Batches
     make: Make
     data: Any
 
@@ -49,35 +48,38 @@ class Feed:
             return data
         return jax.tree.map(partial(jax.make_array_from_process_local_data, replicated(mesh)), data)
 
-    def stream(self, picks: grain.MapDataset[Arrays], view: Make, data: Any) -> Stream:
+    def stream(self, picks: Batches, view: Make, data: Any) -> Stream:
         """The batches `view(data, pick)` of `data` that was `put`."""
         if self.augment == "host":
-            return Stream(picks.map(partial(view, data)), sent, None)
+            return Stream(viewed(data, picks, view), sent, None)
         return Stream(picks, view, data)
 
 
 def check(steps: int | None, threads: int | None) -> None:
     """Raises UsageError for a number out of range."""
-    for name, value, least in (("steps_per_dispatch", steps, 1), ("threads", threads, 0)):
-        if value is not None and not least <= value <= MOST:
-            raise UsageError(f"--{name}={value} is out of range; it is at least {least} and at most {MOST}")
+    together = COPIES if jax.default_backend() == "cpu" else MOST
+    for name, value, least, most in (("steps_per_dispatch", steps, 1, together), ("threads", threads, 0, MOST)):
+        if value is not None and not least <= value <= most:
+            raise UsageError(f"--{name}={value} is out of range; it is at least {least} and here at most {most}")
 
 
 def choose(plan: Plan, augment: Where | None, steps: int | None, threads: int | None) -> Feed:
-    """The feed of a run, what is None as it suits the devices; raises UsageError as `check` does.
+    """The feed of a run, alike in all processes, what is None as it suits the devices; raises UsageError as `check` does.
 
     A CPU makes batches as it trains, one step a dispatch: a loop of steps would be slow there, see `train_steps`.
     """
     check(steps, threads)
-    cpu, images = jax.default_backend() == "cpu", (plan.data.train["image"], plan.data.test["image"])
+    cpu, epoch = jax.default_backend() == "cpu", min(plan.epoch_steps, plan.steps)
     if augment is None:
+        images = plan.data.train["image"].nbytes + plan.data.test["image"].nbytes
         memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-        augment = "device" if not cpu and ROOM * sum(part.nbytes for part in images) <= memory else "host"
+        augment = "host" if highest(cpu or ROOM * images > memory) else "device"
     if steps is None:
-        size = plan.recipe.batch_size * (images[0][0].nbytes if augment == "host" else 8)
-        most = max(1, min(STEPS, plan.epoch_steps, plan.steps, SENT // size))
-        steps = 1 if cpu else 1 << most.bit_length() - 1  # a power of two
-    return Feed(augment, min(steps, plan.epoch_steps, plan.steps), (0 if cpu else 1) if threads is None else threads)
+        size = plan.recipe.batch_size * (plan.data.train["image"][0].nbytes if augment == "host" else 12)
+        most = 1 if cpu else max(1, min(STEPS, epoch, SENT // size))
+        powers = [1 << power for power in range(most.bit_length())]
+        steps = min(powers, key=lambda steps: sum(divmod(epoch, steps)))  # the fewest dispatches
+    return Feed(augment, min(steps, epoch), (0 if cpu else 1) if threads is None else threads)
 
 
 def sizes(start: int, steps: int, epoch_steps: int, most: int) -> Iterator[int]:

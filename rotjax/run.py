@@ -4,12 +4,13 @@ import importlib.metadata
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import jax
 import optax
@@ -20,7 +21,7 @@ from rotjax import feed as feeds
 from rotjax.data import batches, tasks
 from rotjax.data.augmentation import train_view
 from rotjax.errors import Stopped, UsageError
-from rotjax.feed import Feed, Stream, Where, choose
+from rotjax.feed import Feed, Stream, Where
 from rotjax.models import Classifier
 from rotjax.parallel import data_mesh
 from rotjax.planning import Plan
@@ -49,7 +50,7 @@ def train(
     FellowError where another process of this run failed.
     """
     began, workdir, recipe, mesh = time.perf_counter(), Path(workdir), plan.recipe, data_mesh()
-    feed = choose(plan, augment, steps_per_dispatch, threads)
+    feed = feeds.choose(plan, augment, steps_per_dispatch, threads)
     _check_alike(plan, feed, log_steps)
     with ExitStack() as stack:
         with parallel.together():
@@ -67,16 +68,17 @@ def train(
             log.info(f"going on from step {first} of {plan.steps}")
         with parallel.together():
             logged, write = stack.enter_context(workdirs.metrics(workdir, first)) if parallel.primary() else ([], _ignore)
-        until = partial(_until, stopping, -(-log_steps // feed.steps))
+        until = partial(_until, stopping, log_steps)
         stream = train_stream(plan, feed, mesh, _task(recipe))
         score, testing = scoring.scorer(plan, model, feed, until), 0.0
         step = training.train_steps(model, optimizer, mesh, stream.make)
         if first < plan.steps:
             log.info("compiling the train step")
             step = _compiled(step, state, stream, mesh, feeds.programs(first, plan.steps, plan.epoch_steps, feed.steps))
-        reader = stack.enter_context(closing(batches.read(stream.elements, start=first, threads=feed.threads)))
+        ahead = batches.read(stream.elements, start=first, threads=feed.threads, ahead=2 * feed.steps)
+        reader = stack.enter_context(closing(ahead))
         groups = feeds.stacked(reader, feeds.sizes(first, plan.steps, plan.epoch_steps, feed.steps))
-        placed = training.place(until(groups), mesh, axis=1)
+        placed = training.place(until(groups, size=_leading), mesh, axis=1)
         trained = training.fit(
             step, state, placed, start=first, steps=plan.steps, epoch_steps=plan.epoch_steps, log_steps=log_steps
         )
@@ -175,11 +177,15 @@ class _Signalled(Exception):
     """It is time to save and to stop."""
 
 
-def _until(stopping: Event, every: int, items: Iterable) -> Iterator:
-    """`items`, until a signal has come; to any of several processes, which ask each other before each `every`th."""
-    for number, item in enumerate(items):
-        if (parallel.alone() or number % every == 0) and parallel.highest(stopping.is_set()):
-            raise _Signalled
+def _until(stopping: Event, every: int, items: Iterable, size: Callable[[Any], int] = lambda item: 1) -> Iterator:
+    """`items`, until a signal has come; to any of several processes, which ask each other about `every` batches."""
+    left = 0
+    for item in items:
+        if parallel.alone() or left <= 0:
+            left = every
+            if parallel.highest(stopping.is_set()):
+                raise _Signalled
+        left -= size(item)
         yield item
 
 
@@ -215,7 +221,7 @@ def train_stream(plan: Plan, feed: Feed, mesh: Mesh, task: tasks.Task) -> Stream
     """The batches that `plan` trains on."""
     recipe, data, share = plan.recipe, plan.data.train, parallel.share(plan.recipe.batch_size, mesh)
     picks = batches.train_picks(len(data["label"]), recipe.batch_size, plan.steps, seed=recipe.seed, share=share)
-    view = partial(train_view, task=task, seed=recipe.seed, flip=recipe.flip)
+    view = partial(train_view, task=task, flip=recipe.flip)
     return feed.stream(picks, view, feed.put(data, mesh))
 
 
@@ -223,10 +229,19 @@ def _compiled(
     step: jax.stages.Wrapped, state: training.TrainState, stream: Stream, mesh: Mesh, sizes: set[int]
 ) -> training.Step:
     """`step` on what lies on the devices, compiled for dispatches of `sizes` steps."""
+    with closing(batches.read(stream.elements[:1])) as reader:
+        (one,) = training.place(reader, mesh)
 
     def program(size: int) -> jax.stages.Compiled:
-        given = feeds.stacked(batches.read(stream.elements[:1].repeat(size)), [size])
-        return step.lower(state, next(training.place(given, mesh, axis=1)), stream.data).compile()
+        def several(x):
+            return jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=parallel.split(mesh, axis=1))
+
+        return step.lower(state, jax.tree.map(several, one), stream.data).compile()
 
     programs = {size: program(size) for size in sizes}
-    return lambda state, batches: programs[len(jax.tree.leaves(batches)[0])](state, batches, stream.data)
+    return lambda state, given: programs[_leading(given)](state, given, stream.data)
+
+
+def _leading(batches: dict) -> int:
+    """How many there are, stacked."""
+    return len(next(iter(batches.values())))

@@ -25,11 +25,12 @@ def scorer(plan: Plan, model: Classifier, feed: Feed, until: Callable[[Iterable]
     """`(variables, task, epoch) -> loss, accuracy, confusion` on every test image."""
     recipe, mesh = plan.recipe, data_mesh()
     data, step = feed.put(plan.data.test, mesh), cache(partial(training.eval_step, model, mesh))
-    view = cache(lambda task: partial(test_view, task=task, seed=recipe.seed))
+    view = cache(lambda task: partial(test_view, task=task))
     share = parallel.share(recipe.batch_size, mesh)
 
     def score(variables: dict, task: tasks.Task, epoch: int) -> dict:
-        picks = batches.test_picks(len(plan.data.test["label"]), recipe.batch_size, epoch=epoch, share=share)
+        count = len(plan.data.test["label"])
+        picks = batches.test_picks(count, recipe.batch_size, seed=recipe.seed, epoch=epoch, share=share)
         stream = feed.stream(picks, view(task), data)
         with closing(batches.read(stream.elements)) as reader:
             placed = training.place(until(reader), mesh)
@@ -38,7 +39,7 @@ def scorer(plan: Plan, model: Classifier, feed: Feed, until: Callable[[Iterable]
     return score
 
 
-def final_scores(plan: Plan, score: Callable, variables: dict) -> dict:
+def final_scores(plan: Plan, score: Score, variables: dict) -> dict:
     """Rotations on all four turns of every image, and as after every epoch on one random turn each; or classes."""
     epoch = -(-plan.steps // plan.epoch_steps)
     if isinstance(plan.recipe, Rotation):

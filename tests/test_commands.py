@@ -315,7 +315,9 @@ def test_P6_out_of_memory_is_a_line_and_the_same_command_goes_on(start, tmp_path
         process.join(timeout=120)
         assert process.exitcode == code
     last = (tmp_path / "False").read_text().splitlines()[-1]
-    assert last.startswith("rotjax: out of memory (RESOURCE_EXHAUSTED: ") and last.endswith("; lower --batch_size")
+    assert last.startswith("rotjax: out of memory (RESOURCE_EXHAUSTED: ") and last.endswith(
+        "; lower --batch_size, or say --augment=host"
+    )
     assert len(last) < 300 and "Traceback" not in (tmp_path / "False").read_text()
 
 

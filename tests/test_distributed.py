@@ -50,7 +50,7 @@ def first_step(folder):
     gradients = jax.tree.map(lambda a, b: a - np.asarray(b), before, state.variables["params"])
     tests = rotjax.test_batches(data, rotjax.all_turns, 24, share=parallel.share(24, mesh))
     scores = rotjax.evaluate(rotjax.eval_step(model), state.variables, rotjax.place(rotjax.read(tests)))
-    feed, view = Feed("device", 1, 0), partial(train_view, task=rotjax.random_turn, seed=0, flip=True)
+    feed, view = Feed("device", 1, 0), partial(train_view, task=rotjax.random_turn, flip=True)
     stream = feed.stream(train_picks(64, 32, 2, seed=0, share=share), view, feed.put(data, mesh))
     made = jax.jit(stream.make)(stream.data, *rotjax.place([stream.elements[1]]))["image"].addressable_data(0)
     found = {"loss": metrics["loss"], "gradient": gradients, "statistic": state.variables["batch_stats"]}
@@ -62,7 +62,10 @@ def first_step(folder):
 
 def run(connection, workdir, pause=0):
     """A whole run; or one that saves at every row, and whose second process waits after that of step `pause`."""
-    for row in rotjax.train(plan(), workdir, log_steps=2, checkpoint_seconds=0.0 if pause else 1e9):
+    seconds = 0.0 if pause else 1e9
+    for row in rotjax.train(
+        plan(), workdir, log_steps=2, checkpoint_seconds=seconds, augment="device", steps_per_dispatch=2
+    ):
         if row["step"] == pause and not parallel.primary():
             connection.send(pause)
             connection.recv()

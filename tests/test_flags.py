@@ -48,7 +48,7 @@ BAD = {
     **dict.fromkeys(("flip", "distributed", "list"), st.sampled_from(["maybe", "True", "1e"])),
     **dict.fromkeys(("epochs", "max_steps", "batch_size", "decay_epochs", "log_steps", "repeats", "seeds"), COUNT),
     "augment": one_of("gpu", "Host"),
-    "steps_per_dispatch": numbers(st.integers(max_value=0) | st.integers(min_value=1025)),
+    "steps_per_dispatch": numbers(st.integers(max_value=0) | st.integers(min_value=9)),
     "threads": numbers(st.integers(max_value=-1) | st.integers(min_value=1025)),
     "image_size": numbers(st.integers(max_value=0)),
     "subset": numbers(st.integers(max_value=0) | st.integers(1000, 10**12)),

@@ -12,8 +12,12 @@ from rotjax.parallel import check_batch
 
 STEPS = """
 import jax, json, numpy as np, optax, rotjax, sys
+from functools import partial
 from pathlib import Path
 from rotjax import checkpoints
+from rotjax.data.augmentation import train_view
+from rotjax.data.batches import train_picks
+from rotjax.feed import Feed
 from rotjax.parallel import data_mesh
 from rotjax.training import init_state, init_variables, train_step
 rng = np.random.default_rng(0)
@@ -39,6 +43,16 @@ def worst(one, other):
 def apart(results):
     return [{name: worst(results[0][name], other[name]) for name in other} for other in results[1:]]
 
+def made(mesh):
+    # how many images the first device of the mesh makes of a batch that is, in all, that of the host
+    data = {"image": batch["image"], "label": batch["label"]}
+    feed, view = Feed("device", 1, 0), partial(train_view, task=rotjax.random_turn, flip=True)
+    stream = feed.stream(train_picks(32, 32, 2, seed=0), view, feed.put(data, mesh))
+    (pick,) = rotjax.place([stream.elements[1]], mesh)
+    found, known = jax.jit(stream.make)(stream.data, pick), rotjax.train_batches(data, rotjax.random_turn, 32, 2, seed=0)[1]
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, found), known)
+    return found["image"].addressable_shards[0].data.shape[0]
+
 meshes = [data_mesh(jax.devices()[:count]) for count in (1, 2, 4)]
 first = [trained(mesh, 1.0, 1)[1] for mesh in meshes]
 fifth = [trained(mesh, 0.01, 5)[1] for mesh in meshes]
@@ -54,7 +68,8 @@ for mesh in meshes:
         jax.tree.map(np.testing.assert_array_equal, bits, jax.tree.map(np.array, restored))
         moved.append((mesh.size, trained(other, 1.0, 1, restored)[1]))
 moved = [apart([result for size, result in moved if size == mesh.size]) for mesh in meshes]
-print(json.dumps({"first": apart(first), "fifth": apart(fifth), "moved": sum(moved, [])}))
+results = {"first": apart(first), "fifth": apart(fifth), "moved": sum(moved, [])}
+print(json.dumps(results | {"made": [made(mesh) for mesh in meshes]}))
 """
 
 
@@ -76,6 +91,10 @@ def test_P1_loss_gradients_and_statistics_of_a_first_step_agree_on_1_2_and_4_dev
 def test_P1_parameters_after_5_steps_of_sgd_agree_on_1_2_and_4_devices(differences):
     for found in differences["fifth"]:
         assert found["params"] < 1e-4, found
+
+
+def test_batches_made_on_1_2_and_4_devices_are_those_of_the_host_and_each_device_makes_its_share(differences):
+    assert differences["made"] == [32, 16, 8]
 
 
 def test_P4_a_checkpoint_goes_on_on_any_number_of_devices_from_the_same_bits(differences):

@@ -9,20 +9,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from rotjax.data.tasks import COLUMNS, FLIPS, ROWS, Task
+from rotjax.data.tasks import COLUMNS, FLIPS, ROWS, Draw, Task
 from rotjax.rotation import whole_pixels
 
 STREAM = 2  # to be raised with every change of the batches that a seed gives: a run does not go on with others
 Array = Any  # np.ndarray or jax.Array
 
 
-def train_view(data: dict, pick: dict, *, task: Task, seed: int, flip: bool) -> dict:
-    """The images of `data` that `pick` names, `{'epoch': i32[B], 'index': i32[B]}`, cropped, mirrored or not where `flip`,
-    then given to the task.
+def train_view(data: dict, pick: dict, *, task: Task, flip: bool) -> dict:
+    """The images of `data` that `pick` names, cropped, mirrored or not where `flip`, then given to the task.
 
-    The crop's padding is an eighth of the image, 4 pixels of 32.
+    A pick is `{'seed': u32[B], 'epoch': i32[B], 'index': i32[B]}`. The crop's padding is an eighth of the image, 4 pixels
+    of 32.
     """
-    words = partial(draw, seed=seed, epoch=pick["epoch"], index=pick["index"])
+    words = _words(pick)
     images = data["image"][pick["index"]]
     padding = images.shape[1] // 8
     rows, columns = (below(2 * padding + 1, words(stream)) for stream in (ROWS, COLUMNS))
@@ -32,18 +32,21 @@ def train_view(data: dict, pick: dict, *, task: Task, seed: int, flip: bool) -> 
     return {"image": images, "label": labels}
 
 
-def test_view(data: dict, pick: dict, *, task: Task, seed: int) -> dict:
+def test_view(data: dict, pick: dict, *, task: Task) -> dict:
     """The images of `data` that `pick` names, as they are, given to the task; each view has the weight of its image."""
-    words = partial(draw, seed=seed, epoch=pick["epoch"], index=pick["index"])
-    images, labels = task(data["image"][pick["index"]], data["label"][pick["index"]], words)
+    images, labels = task(data["image"][pick["index"]], data["label"][pick["index"]], _words(pick))
     weight = pick["weight"].repeat(len(labels) // len(pick["index"]))
     return {"image": images, "label": labels, "weight": weight}
 
 
-def draw(stream: int, seed: int, epoch: Array, index: Array) -> Array:
-    """Uniform uint32 `[B]` for each image `index` `[B]` in `epoch` (`[B]` or a number), other ones for other streams."""
+def _words(pick: dict) -> Draw:
+    return partial(draw, seed=pick["seed"], epoch=pick["epoch"], index=pick["index"])
+
+
+def draw(stream: int, seed: Array, epoch: Array, index: Array) -> Array:
+    """Uniform uint32 `[B]` for each image `index` `[B]`, others for other streams, seeds, epochs (`[B]` or numbers)."""
     xp = index.__array_namespace__()
-    word = _mix(xp.full(index.shape, seed & 0xFFFFFFFF, dtype=xp.uint32))
+    word = _mix(xp.broadcast_to(xp.asarray(seed, dtype=xp.uint32), index.shape))
     word = _mix(word ^ xp.uint32(stream))
     word = _mix(word ^ xp.asarray(epoch).astype(xp.uint32))
     return _mix(word ^ index.astype(xp.uint32))

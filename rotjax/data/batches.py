@@ -1,5 +1,6 @@
 """Arrays to batches, the only code that knows Grain: one element of a dataset is one batch, a function of its number."""
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 
 import grain
@@ -11,6 +12,7 @@ from rotjax.errors import UsageError
 
 EVERYTHING = slice(None)
 Arrays = dict[str, np.ndarray]  # 'image' u8 [N,H,H,3], 'label' i32 [N]; evaluation batches have 'weight' f32 [B] too
+Batches = grain.MapDataset[Arrays]
 
 
 def train_batches(
@@ -22,16 +24,14 @@ def train_batches(
     seed: int,
     flip: bool = True,
     share: slice = EVERYTHING,
-) -> grain.MapDataset[Arrays]:
+) -> Batches:
     """Batch `t` of `steps`: the `train_view` of the images that `train_picks` names."""
     picks = train_picks(len(data["label"]), batch_size, steps, seed=seed, share=share)
-    return picks.map(partial(train_view, data, task=task, seed=seed, flip=flip))
+    return viewed(data, picks, partial(train_view, task=task, flip=flip))
 
 
-def train_picks(
-    count: int, batch_size: int, steps: int, *, seed: int, share: slice = EVERYTHING
-) -> grain.MapDataset[Arrays]:
-    """Which of `count` images go into batch `t` of `steps`, and in which pass: `{'epoch': i32[B], 'index': i32[B]}`.
+def train_picks(count: int, batch_size: int, steps: int, *, seed: int, share: slice = EVERYTHING) -> Batches:
+    """The picks of `train_view`: which of `count` images go into batch `t` of `steps`.
 
     Images come in a new order on every pass (epoch) over the data, and batches straddle passes. `share` is what of each
     batch is wanted here. Raises UsageError where a batch is larger than the data.
@@ -42,7 +42,7 @@ def train_picks(
     def pick(step: int) -> Arrays:
         epoch, place = np.divmod(np.int64(step) * batch_size + np.arange(batch_size)[share], count)
         index = np.concatenate([order(e)[place[epoch == e]] for e in np.unique(epoch).tolist()])
-        return {"epoch": epoch.astype(np.int32), "index": index.astype(np.int32)}
+        return _pick(seed, epoch, index)
 
     return grain.MapDataset.range(steps).map(pick)
 
@@ -55,28 +55,37 @@ def check_fits(batch_size: int, count: int) -> None:
 
 def test_batches(
     data: Arrays, task: tasks.Task, batch_size: int, *, seed: int = 0, epoch: int = 0, share: slice = EVERYTHING
-) -> grain.MapDataset[Arrays]:
+) -> Batches:
     """Every image once, in order, as it is, given to the task; the last batch is padded with images of weight 0."""
-    picks = test_picks(len(data["label"]), batch_size, epoch=epoch, share=share)
-    return picks.map(partial(test_view, data, task=task, seed=seed))
+    picks = test_picks(len(data["label"]), batch_size, seed=seed, epoch=epoch, share=share)
+    return viewed(data, picks, partial(test_view, task=task))
 
 
-def test_picks(count: int, batch_size: int, *, epoch: int, share: slice = EVERYTHING) -> grain.MapDataset[Arrays]:
-    """Each of `count` images once, in order, with `weight` f32 `[B]` 1; the last batch is padded with images of weight 0."""
+def test_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: slice = EVERYTHING) -> Batches:
+    """The picks of `test_view`: each of `count` images once, in order; the last batch is padded with ones of `weight` 0."""
 
     def pick(number: int) -> Arrays:
-        index = np.arange(number * batch_size, (number + 1) * batch_size, dtype=np.int32)[share]
+        index = np.arange(number * batch_size, (number + 1) * batch_size)[share]
         weight = (index < count).astype(np.float32)
-        return {"epoch": np.full_like(index, epoch), "index": np.minimum(index, count - 1), "weight": weight}
+        return _pick(seed, np.full_like(index, epoch), np.minimum(index, count - 1)) | {"weight": weight}
 
     return grain.MapDataset.range(-(-count // batch_size)).map(pick)
 
 
-def read(batches: grain.MapDataset[Arrays], *, start: int = 0, threads: int = 0) -> grain.DatasetIterator[Arrays]:
-    """Iterates from batch `start`; `threads` read two batches ahead, 0 where the host computes the steps too. Close it."""
-    ahead = 2 if threads else 0
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+def viewed(data: Arrays, picks: Batches, view: Callable[[Arrays, Arrays], Arrays]) -> Batches:
+    """The batches `view(data, pick)`."""
+    return picks.map(partial(view, data))
+
+
+def read(batches: Batches, *, start: int = 0, threads: int = 0, ahead: int = 2) -> grain.DatasetIterator[Arrays]:
+    """Iterates from batch `start`; `threads` read `ahead`, none where the host computes the steps too. Close it."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads) if threads else 0)
     return iter(batches[start:].to_iter_dataset(options))
+
+
+def _pick(seed: int, epoch: np.ndarray, index: np.ndarray) -> Arrays:
+    seeds = np.full(index.shape, seed, np.uint32)  # data, not part of the program: another seed compiles nothing anew
+    return {"seed": seeds, "epoch": epoch.astype(np.int32), "index": index.astype(np.int32)}
 
 
 def _order(seed: int, count: int, epoch: int) -> np.ndarray:
