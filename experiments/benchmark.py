@@ -169,7 +169,8 @@ def chosen(only: str) -> Sequence[Row]:
     for word in (word.strip() for word in only.split(",")) if only else ():
         named = [row for row in ROWS if row.name == word] or [row for row in ROWS if row.name[0] == word]
         if not named:
-            raise UsageError(f"--only: there is no row {word!r}; rows are {', '.join(row.name for row in ROWS)}")
+            like = [row.name for row in ROWS if row.name[0] == word[:1]] or sorted({row.name[0] for row in ROWS})
+            raise UsageError(f"--only: there is no row {word!r}; rows are {', '.join(like)}")
         chosen += named
     return [row for row in ROWS if row in chosen] if only else ROWS
 
