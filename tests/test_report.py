@@ -1,10 +1,12 @@
 """What a person sees of a run: progress, summary, figures."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,9 +140,29 @@ def test_progress_is_a_table_without_a_bar_off_a_terminal(runs, capsys):
     assert not any(mark in out for mark in "|\r\x1b") and err == ""
 
 
+def clock(monkeypatch, seconds):
+    seconds = iter(seconds)
+    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+
+
+def test_rows_of_one_dispatch_do_not_pass_for_fast(runs, monkeypatch):
+    """They come at once after it; three dispatches of 40 steps, 10 s each, of 128 images a step."""
+    _, this, _ = runs["rotation"]
+    recipe = dataclasses.replace(this.recipe, rotations="random", batch_size=128)
+    this = dataclasses.replace(this, recipe=recipe, epoch_steps=1000, steps=1000)
+    clock(monkeypatch, [0.0, *(10.0 * (number // 4 + 1) + 1e-4 * (number % 4) for number in range(12))])
+    speeds = set()
+    with report.Progress(this) as progress:
+        for step in range(10, 130, 10):
+            progress.show({"step": step, "epoch": 1, "loss": 1.0})
+            speeds.add(progress.speed)
+    assert speeds == {"", ", 512 images/s"}
+
+
 def test_progress_is_a_bar_on_a_terminal(runs, capsys, monkeypatch):
     _, this, rows = runs["rotation"]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    clock(monkeypatch, range(100))
     with report.Progress(this) as progress:
         for row in rows:
             progress.show(row)
