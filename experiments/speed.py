@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 
 import grain
@@ -71,11 +71,14 @@ def train_and_torch(name: str, stem: str, batch_size: int = BATCH, dtype: str = 
 
 
 def pipelines(options: grain.ReadOptions | None) -> Sides:
-    """Images/s of the training batches of both, read on one core: Grain's from a new start, so that none is read ahead."""
+    """Images/s of the training batches, read on one core, and of Grain's from a new start, so that none is read ahead.
+
+    Grain has one core too where `options` give it no threads, else as many as it likes.
+    """
     data, count = images(10_000), round(400 * SECONDS)  # of the last few, threads have others under way
 
     def naive() -> float:
-        with _one_core():
+        with _one_core() if options else nullcontext():
             began = time.perf_counter()
             with closing(peers.naive_batches(data, BATCH, options)) as reader:
                 for _ in itertools.islice(reader, count):
