@@ -209,7 +209,7 @@ def page(folder: Path) -> str:
         (one["change"], one["predicted"], one["outcome"], "yes" if one["kept"] else "no")
         for one in _tried(folder / "tried.json")
     ]
-    heading = "## What was tried\n\nOn two CPU cores, before the rows above were measured."
+    heading = "## What was tried\n\nOn two CPU cores."
     parts += [heading, table(("change", "predicted", "outcome", "kept"), tried)] if tried else []
     if missing := [row.name for row in ROWS if row.name not in there]:
         parts.append(f"Not measured yet: {', '.join(missing)}. On a GPU, the same command measures them.")

@@ -63,7 +63,7 @@ def _stemmed(model: Any, stem: str) -> Any:
 
 
 def naive_batches(data: Arrays, batch_size: int, options: grain.ReadOptions | None) -> grain.DatasetIterator[Arrays]:
-    """Crop, flip and random rotation an image at a time, batched by Grain and read as it does by default."""
+    """Crop, flip and random rotation an image at a time, batched by Grain and read as `options` say, or its defaults."""
     padding = data["image"].shape[1] // 8
 
     def augment(element: dict, rng: np.random.Generator) -> dict:

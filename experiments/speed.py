@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from functools import partial
 
 import grain
 import jax
@@ -17,8 +16,7 @@ import rotjax
 from experiments import peers
 from experiments.peers import Timed
 from rotjax import training
-from rotjax.data.augmentation import train_view
-from rotjax.data.batches import train_picks, viewed
+from rotjax.data.batches import train_picks
 from rotjax.feed import STEPS, Where, stacked
 from rotjax.optim import FROZEN
 
@@ -149,9 +147,10 @@ def _steps(name: str, stem: str, batch_size: int, dtype: str, trainable: str) ->
 
 
 def _batches(data: dict[str, np.ndarray], augment: Where = "host") -> Timed:
-    picks = train_picks(len(data["label"]), BATCH, 10**6, seed=0)
-    view = partial(train_view, task=rotjax.random_turn, flip=True)
-    reader = rotjax.read(picks if augment == "device" else viewed(data, picks, view))
+    if augment == "device":
+        reader = rotjax.read(train_picks(len(data["label"]), BATCH, 10**6, seed=0))
+    else:
+        reader = rotjax.read(rotjax.train_batches(data, rotjax.random_turn, BATCH, 10**6, seed=0))
 
     def read(count: int) -> float:
         with _one_core():
