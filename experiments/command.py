@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import rotjax
 from experiments import figures, report
-from rotjax import feed, parallel
+from rotjax import feed, parallel, presets
 from rotjax.data.sources import DEFAULTS
 from rotjax.errors import DesertedError, RotjaxError, Stopped, UsageError
 from rotjax.feed import Where
@@ -115,8 +115,9 @@ def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
         if name == "classes":
             annotations[name] = Annotated[hint, tyro.conf.Suppress]
         elif getattr(kind, name, 0) is None:
-            words = [str(kind.defaults[name])] if name in kind.defaults else []
-            words += [f"{other} {own[name]}" for other, own in DEFAULTS.items() if name in own]
+            report, strong = presets.REPORT[kind.job], presets.STRONG[kind.job]
+            words = [str(report[name])] if name in report else []
+            words += [f"{other} {own[name]}" for other, own in ({**DEFAULTS, "strong": strong}).items() if name in own]
             words += ["the pretrained network's"] if name in NETWORK and kind is rotjax.Classification else []
             annotations[name] = Annotated[hint | None, default("; ".join(words))]
     body: dict[str, Any] = {name: getattr(kind, name) for name in annotations}

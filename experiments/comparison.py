@@ -51,7 +51,7 @@ def subset_curves(outcomes: Sequence[Outcome]) -> Figure | None:
 
 def pretraining(outcomes: Sequence[Outcome]) -> Figure | None:
     """Accuracy over epochs of predicting rotations (rows 1, 5a, 5b and 6a)."""
-    drawn = [one for one in outcomes if one.task == "rotation"]
+    drawn = [one for one in outcomes if one.task == "rotation" and one.row in ROWS]
     keys = sorted({one.key for one in drawn}, key=lambda key: ROWS.index(key[0]))
     colours = dict(zip(keys, (figures.BLUE, figures.VERMILLION, figures.GREY, figures.INK, figures.FAINT), strict=False))
     labels = {one.key: f"row {one.row}, {one.recipe['backbone']} on {one.recipe['dataset']}" for one in drawn}

@@ -177,7 +177,7 @@ def _predictions(workdir: Path, plan: Plan) -> Figure:
     predicted = np.argmax(logits, -1)
     title = f"Predicted {_what(recipe)}: {(predicted == batch['label']).sum()} of {len(spread)} right"
     turned = ", each turned counter-clockwise at random" if recipe.job == "rotation" else ""
-    caption = f"{_data(recipe)}: {len(spread)} of the {len(test['label']):,} test images, evenly spaced{turned}"
+    caption = f"{_data(recipe)}: {len(spread)} of the {len(test['label']):,} {recipe.tested_on}, evenly spaced{turned}"
     return predictions(batch["image"], batch["label"], predicted, recipe.classes, title, caption)
 
 
@@ -186,7 +186,7 @@ def _confusion(workdir: Path, plan: Plan) -> Figure:
     images = len(plan.data.test["label"])
     views = f"all four turns of {images:,}" if plan.recipe.job == "rotation" else f"{images:,}"
     title = f"Predicted {_what(plan.recipe)}: {np.trace(matrix) / matrix.sum():.2%} right"
-    return confusion(matrix, plan.recipe.classes, title, f"{_data(plan.recipe)}: {views} test images")
+    return confusion(matrix, plan.recipe.classes, title, f"{_data(plan.recipe)}: {views} {plan.recipe.tested_on}")
 
 
 def _mistakes(workdir: Path, plan: Plan) -> Figure:
@@ -207,7 +207,7 @@ def _mistakes(workdir: Path, plan: Plan) -> Figure:
     _, _, images, true, predicted = zip(*worst, strict=True) if worst else ((),) * 5
     title = f"Most surely mistaken {_what(recipe)}: {len(worst)} of {count:,}"
     turned = ", each on one random turn" if recipe.job == "rotation" else ""
-    caption = f"{_data(recipe)}: of the {len(plan.data.test['label']):,} test images{turned}, the surest first"
+    caption = f"{_data(recipe)}: of the {len(plan.data.test['label']):,} {recipe.tested_on}{turned}, the surest first"
     return predictions(np.array(images), np.array(true), np.array(predicted), recipe.classes, title, caption)
 
 

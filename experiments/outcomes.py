@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.rows import ROWS, WHOLE
+from experiments.rows import ROWS, STRONG, WHOLE
 
 CLONE = Path(__file__).parent / "results"
 RESULTS = CLONE if CLONE.is_dir() else Path("results")  # which an installed package comes without
@@ -55,7 +55,7 @@ def load(folder: Path) -> list[Outcome]:
     for path in (folder / "runs").glob("*.json"):
         rows = map(json.loads, path.with_suffix(".jsonl").read_text().splitlines())
         outcomes.append(Outcome(**json.loads(path.read_text()), epochs=[row for row in rows if "test_accuracy" in row]))
-    return sorted(outcomes, key=lambda one: (ROWS.index(one.row), one.variant, one.task != "rotation", one.seed))
+    return sorted(outcomes, key=lambda one: ((*ROWS, *STRONG).index(one.row), one.variant, one.task != "rotation", one.seed))
 
 
 def controls(folder: Path) -> dict[str, float]:

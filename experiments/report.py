@@ -17,7 +17,7 @@ from experiments import figures
 from rotjax.data.sources import defaults
 from rotjax.errors import launcher
 from rotjax.planning import Plan
-from rotjax.recipe import Recipe
+from rotjax.presets import REPORT
 
 HEADER = "epoch   train loss   train accuracy   test loss   test accuracy   elapsed"
 FILES = ("recipe.json", "metrics.jsonl", "summary.json", "checkpoints/", *figures.NAMES)
@@ -113,7 +113,7 @@ class Progress:
         elif now - self.last[1] > 0.05:  # else the row is of the same dispatch
             before, then = self.last
             if step % self.plan.epoch_steps and step != self.plan.steps:  # else the time of testing is in it
-                self.speed = f", {(step - before) * self._views() / (now - then):,.0f} images/s"
+                self.speed = f", {(step - before) * self.plan.recipe.views / (now - then):,.0f} images/s"
             self.last = step, now
         loss = row.get("loss", row.get("train_loss"))
         self.bar.n = step
@@ -143,10 +143,6 @@ class Progress:
             bar_format="{percentage:3.0f}%|{bar}| step {n}/{total}, {remaining} left{postfix}",
         )
 
-    def _views(self) -> int:
-        recipe = self.plan.recipe
-        return recipe.batch_size * (4 if getattr(recipe, "rotations", None) == "all" else 1)
-
 
 def summarise(workdir: Path, plan: Plan, data_dir: Path | None = None) -> None:
     """Prints the final figures of the run in `workdir`, where everything is, and what to do next."""
@@ -164,13 +160,14 @@ def summarise(workdir: Path, plan: Plan, data_dir: Path | None = None) -> None:
 def facts(summary: dict) -> list[tuple[str, str]]:
     """Name and value of each line of the printed block."""
     count, seed = sum(map(sum, summary["confusion"])), summary["seed"]
+    images = summary.get("tested_on", "test images")
     if "rotation_accuracy" in summary:
         lines = [
-            ("rotation accuracy", f"{summary['rotation_accuracy']:.2%} on all four turns of {count // 4:,} test images"),
+            ("rotation accuracy", f"{summary['rotation_accuracy']:.2%} on all four turns of {count // 4:,} {images}"),
             ("", f"{summary['rotation_accuracy_random']:.2%} on one random turn of each, as the published report scored"),
         ]
     else:
-        lines = [("accuracy", f"{summary['accuracy']:.2%} on {count:,} test images")]
+        lines = [("accuracy", f"{summary['accuracy']:.2%} on {count:,} {images}")]
     lines.append(("data set", f"{summary['dataset']}, {summary['train_images']:,} training images"))
     lines.append(("network", network(summary)))
     epochs = summary["epochs"]
@@ -184,7 +181,7 @@ def facts(summary: dict) -> list[tuple[str, str]]:
 
 def network(facts: Mapping[str, Any]) -> str:
     """The network in words: its backbone, its stem, and its width where that is not the published one."""
-    width = f", width {facts['width']}" if facts["width"] != Recipe.defaults["width"] else ""
+    width = f", width {facts['width']}" if facts["width"] != REPORT["rotation"]["width"] else ""
     return f"{facts['backbone']}, {facts['stem']} stem{width}"
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from experiments import command, tables
 from experiments.outcomes import RESULTS, accuracy
 from experiments.report import say
-from experiments.rows import ROWS, Run, runs, shortened
+from experiments.rows import Run, runs, shortened
 from rotjax.errors import UsageError
+from rotjax.presets import Preset
 from rotjax.recipe import Classification, to_json
 from rotjax.workdirs import read_recipe, write_json
 
@@ -29,6 +30,8 @@ COST = {"resnet18": 1.0, "resnet50": 3.2, "resnet101": 5.4, "densenet121": 3.5} 
 class Settings:
     """Which rows, and where everything goes."""
 
+    preset: Preset = "report"
+    """The report's rows, or strong: S1, S2a, S3a and S3b, its tasks by today's recipe, on a GPU."""
     only: str = ""
     """Rows, or runs as --list names them, separated by commas; what they start from is added. Everything if not given."""
     seeds: int = 1
@@ -64,7 +67,7 @@ def run(settings: Settings) -> None:
             raise UsageError(f"--{name}={value} is too small; it is at least 1")
     command.check_folder("workdirs", settings.workdirs)
     command.check_folder("results", settings.results)
-    every = runs(settings.seeds)
+    every = runs(settings.seeds, settings.preset)
     if settings.max_steps:
         every = [shortened(run, settings.max_steps) for run in every]
     asked = chosen(every, settings.only)
@@ -82,9 +85,10 @@ def run(settings: Settings) -> None:
 def chosen(every: Sequence[Run], only: str) -> list[Run]:
     """Those of `every` whose row or name is in the comma-separated `only`, and what they start from, in order."""
     words = [word.strip() for word in only.split(",")] if only else []
+    rows = ", ".join(dict.fromkeys(run.row for run in every))
     for word in words:
         if word not in {name for run in every for name in (run.row, run.name)}:
-            raise UsageError(f"--only: there is no row {word!r}; rows are {', '.join(ROWS)}, runs are shown by --list")
+            raise UsageError(f"--only: there is no row {word!r}; rows are {rows}, runs are shown by --list")
     asked = [run for run in every if not words or run.row in words or run.name in words]
     needed = [run.after for run in asked if run.after]
     return [run for run in every if run in asked or run in needed]
@@ -132,10 +136,10 @@ def overview(asked: Sequence[Run], settings: Settings, running: Run | None = Non
             speeds += [summary["images_per_second"] * cost(run)] if summary["images_per_second"] else []
         else:
             state = "running" if run is running else f"interrupted at step {steps}" if steps else "left"
-            left += (total - steps) * run.recipe.resolved().batch_size * cost(run)
-        published = f"{run.published:.2f}%" if run.published else "-"
-        lines.append(f"{run.row:4}{run.name:40}{published:>10}   {state}")
-    header = f"{'row':4}{'run':40}{'report':>10}   here"
+            left += (total - steps) * run.recipe.resolved().views * cost(run)
+        other = run.published or run.goal
+        lines.append(f"{run.row:4}{run.name:40}{f'{other:.2f}%' if other else '-':>10}   {state}")
+    header = f"{'row':4}{'run':40}{'goal' if settings.preset == 'strong' else 'report':>10}   here"
     speed = sorted(speeds)[len(speeds) // 2] if speeds else None
     hours = f"about {left / speed / 3600:.1f} hours" if speed else "how long is known once a run is done"
     return "\n".join([header, *lines, f"{sum(done(run, settings) for run in asked)} of {len(asked)} done; left: {hours}"])
@@ -152,10 +156,10 @@ def progress(run: Run, workdirs: Path) -> tuple[int, int]:
 
 def cost(run: Run) -> float:
     """Time that an image takes, of a full step of ResNet18 at 32 px; frozen stages need no backward pass."""
-    pretext = run.after or run
-    size = (run.recipe.image_size or 32) / 32
+    network = (run.after or run).recipe.resolved()
+    size = (run.recipe.image_size or 32) / 32 * (4 if network.stem == "cifar" else 1)  # of maps after the stem
     frozen = 0.5 if run.recipe.frozen else 1.0
-    return COST[pretext.recipe.backbone or "resnet18"] * size**2 * frozen
+    return COST[network.backbone] * size**2 * frozen
 
 
 def commit() -> str:

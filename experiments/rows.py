@@ -1,13 +1,15 @@
-"""The rows of the report that rotjax implements, as data: what is trained, from what, and the figure to reach."""
+"""The rows of the report that rotjax implements, and four more, as data: what is trained, from what, the figure to reach."""
 
 import dataclasses
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from rotjax.presets import Preset
 from rotjax.recipe import Classification, Recipe, Rotation
 
 ROWS = ("1", "2a", "2b", "3a", "3b", "4", "5a", "5b", "6a", "6b")
+STRONG = ("S1", "S2a", "S3a", "S3b")  # the tasks of 1 to 3b by today's recipe
 
 SUBSETS = {20: 3, 100: 3, 400: 3, 1000: 1}  # images per class, and draws; 5000 are all: rows 2a, 3a and 3b
 WHOLE = 5000
@@ -18,7 +20,7 @@ HELD: dict[str, Any] = dict(trainable="last_block", frozen_statistics="held")
 
 @dataclass(frozen=True)
 class Run:
-    """One training of `row`, from the backbone of the run `after`; `published` and `band` are test accuracies in %."""
+    """One training of `row`, from the backbone of the run `after`; the figures are test accuracies in %."""
 
     row: str
     what: str
@@ -27,6 +29,7 @@ class Run:
     variant: str = ""
     published: float | None = None
     band: tuple[float, float] | None = None
+    goal: float | None = None
 
     @property
     def name(self) -> str:
@@ -41,8 +44,10 @@ def shortened(run: Run, steps: int) -> Run:
     return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, max_steps=steps), after=after)
 
 
-def runs(seeds: int = 1) -> list[Run]:
-    """Every run of the report, those that others start from before them; ResNet18's rows under `seeds` seeds."""
+def runs(seeds: int = 1, preset: Preset = "report") -> list[Run]:
+    """Every run of the report, or of today's recipe, those that others start from before them; ResNet18's under `seeds`."""
+    if preset == "strong":
+        return list(chain(*map(_strong, range(seeds))))
     first, *others = [_resnet18(seed) for seed in range(seeds)]
     return [*first, *_imagenette(), *_subsets(first[0]), *_densenet(), *_deeper(), *chain(*others)]
 
@@ -93,3 +98,15 @@ def _densenet() -> list[Run]:
 def _deeper() -> list[Run]:
     rotations = [Run("5b", "as row 1", Rotation(backbone=name), variant=name) for name in ("resnet50", "resnet101")]
     return list(chain(*((run, Run("5b", "as row 3a", Classification(), run, run.variant)) for run in rotations)))
+
+
+def _strong(seed: int) -> list[Run]:
+    rotations = Run("S1", "predict the rotation of CIFAR-10", Rotation(preset="strong", seed=seed), goal=94.5)
+    full = Classification(preset="strong", seed=seed)
+    last = dataclasses.replace(full, **HELD)
+    return [
+        rotations,
+        Run("S2a", "classify, last block and head train, rest from row S1", last, rotations, goal=90.0),
+        Run("S3a", "classify, all trains, from row S1", full, rotations, goal=95.5),
+        Run("S3b", "classify, all trains, from random weights", full, goal=95.5),
+    ]

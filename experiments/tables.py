@@ -10,7 +10,7 @@ from types import MappingProxyType
 from experiments import command, comparison
 from experiments.outcomes import RESULTS, Outcome, controls, load, mean, subset_scores
 from experiments.report import say
-from experiments.rows import SUBSETS, WHOLE, Run, runs
+from experiments.rows import ROWS, STRONG, SUBSETS, WHOLE, Run, runs
 
 BEGINNINGS = {"3a": ("row 1", "64.69"), "3b": ("random weights", "40.66")}  # and the report's first epoch
 
@@ -53,7 +53,8 @@ def readme(
         "# Results\n\nMade by `python -m experiments.reproduce`; again from `runs/` by `python -m experiments.tables`.\n"
         "Test accuracy in % after the last epoch, the mean over seeds and, from two on, their standard deviation.\n"
         "Rotations are scored on all four turns of every test image. The report's are single runs.",
-        *_rows(whole),
+        *_rows([one for one in whole if one.row in ROWS]),
+        *_strong([one for one in whole if one.row in STRONG]),
         *_data_notes(whole),
         *_controls(whole, torch),
         *_first_epochs(whole),
@@ -96,6 +97,21 @@ def _line(group: Sequence[Outcome], run: Run | None) -> tuple:
         f"{statistics.mean(outcome.summary['wall_seconds'] for outcome in group) / 60:.1f}",
         f"`--only={one.row}`",
     )
+
+
+def _strong(outcomes: Sequence[Outcome]) -> list[str]:
+    known = {run.row: run for run in runs(preset="strong")}
+    lines = []
+    for row, group in groupby(outcomes, lambda one: one.row):
+        same = list(group)
+        minutes = statistics.mean(one.summary["wall_seconds"] for one in same) / 60
+        score, goal = mean([one.score for one in same]), f"{known[row].goal:.1f}"
+        lines.append((row, known[row].what, goal, f"**{score}**", len(same), same[0].summary["device"], f"{minutes:.1f}"))
+    title = (
+        "## Today's recipe\n\nThe tasks of rows 1 to 3b by `python -m experiments.reproduce --preset=strong`: ResNet18\n"
+        "with the 3x3 stem, SGD along a cosine, rotations in all four turns a step; the goals are rotjax's own."
+    )
+    return [title, table(("row", "what", "goal", "rotjax", "seeds", "device", "minutes"), lines)] if lines else []
 
 
 def _data_notes(outcomes: Iterable[Outcome]) -> list[str]:

@@ -16,6 +16,8 @@ from rotjax.models import Classifier as Classifier
 from rotjax.models import create as create
 from rotjax.optim import adamw as adamw
 from rotjax.optim import piecewise as piecewise
+from rotjax.optim import sgd as sgd
+from rotjax.optim import warmed_up as warmed_up
 from rotjax.planning import Plan as Plan
 from rotjax.planning import load as load
 from rotjax.planning import plan as plan
@@ -24,6 +26,7 @@ from rotjax.recipe import Recipe as Recipe
 from rotjax.recipe import Rotation as Rotation
 from rotjax.run import train as train
 from rotjax.training import TrainState as TrainState
+from rotjax.training import cross_entropy as cross_entropy
 from rotjax.training import eval_step as eval_step
 from rotjax.training import evaluate as evaluate
 from rotjax.training import fit as fit

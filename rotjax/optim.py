@@ -1,14 +1,16 @@
-"""AdamW on a piecewise-constant schedule, for the parameters that train."""
+"""Optimizers and schedules of the learning rate, for the parameters that train."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from rotjax.errors import UsageError
 
 Trainable = Literal["all", "last_block", "head"]
+Optimizer = Literal["adamw", "sgd"]
 
 FROZEN: dict[str, tuple[str, ...]] = {
     "all": (),
@@ -20,6 +22,11 @@ FROZEN: dict[str, tuple[str, ...]] = {
 def piecewise(learning_rate: float, boundaries: Sequence[int], factor: float = 0.1) -> optax.Schedule:
     """`learning_rate`, multiplied by `factor` from each of `boundaries` (steps) on."""
     return optax.piecewise_constant_schedule(learning_rate, {step: factor for step in boundaries})
+
+
+def warmed_up(schedule: optax.Schedule, steps: int) -> optax.Schedule:
+    """`schedule`, times a factor that rises evenly to 1 within the first `steps`."""
+    return (lambda count: schedule(count) * jnp.minimum(1.0, (count + 1) / steps)) if steps else schedule
 
 
 def labels(params, frozen: tuple[str, ...] = ()):
@@ -45,8 +52,20 @@ def adamw(
     schedule: optax.ScalarOrSchedule, weight_decay: float = 0.01, frozen: tuple[str, ...] = ()
 ) -> optax.GradientTransformation:
     """AdamW with decay on every parameter, as torch's default; `frozen` ones get no update, no decay, no state."""
-    transforms: dict[Hashable, optax.GradientTransformation] = {
-        "trainable": optax.adamw(schedule, weight_decay=weight_decay),
-        "frozen": optax.set_to_zero(),
-    }
+    return _for_trainable(optax.adamw(schedule, weight_decay=weight_decay), frozen)
+
+
+def sgd(
+    schedule: optax.ScalarOrSchedule, weight_decay: float = 5e-4, frozen: tuple[str, ...] = ()
+) -> optax.GradientTransformation:
+    """SGD with Nesterov's momentum of 0.9 and decay through every gradient, as torch's; `frozen` as of `adamw`."""
+    momentum = optax.sgd(schedule, momentum=0.9, nesterov=True)
+    return _for_trainable(optax.chain(optax.add_decayed_weights(weight_decay), momentum), frozen)
+
+
+OPTIMIZERS: dict[Optimizer, Callable[..., optax.GradientTransformation]] = {"adamw": adamw, "sgd": sgd}
+
+
+def _for_trainable(optimizer: optax.GradientTransformation, frozen: tuple[str, ...]) -> optax.GradientTransformation:
+    transforms: dict[Hashable, optax.GradientTransformation] = {"trainable": optimizer, "frozen": optax.set_to_zero()}
     return optax.multi_transform(transforms, lambda params: labels(params, frozen))

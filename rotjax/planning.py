@@ -1,13 +1,15 @@
 """What a run is to be, before any of it is done: recipe, data and backbone, refused where they do not go together."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import optax
 
-from rotjax import checkpoints, training, workdirs
+from rotjax import checkpoints, optim, training, workdirs
 from rotjax.data import batches, sources
 from rotjax.data.dataset import Dataset
 from rotjax.errors import DataError, UsageError
@@ -15,6 +17,8 @@ from rotjax.models import Classifier
 from rotjax.parallel import check_batch, data_mesh, replicated
 from rotjax.recipe import NETWORK, Classification, Recipe, check
 from rotjax.transfer import part
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,17 @@ class Plan:
     def boundaries(self) -> range:
         """The steps from which on the learning rate is a tenth of what it was."""
         period = self.recipe.decay_epochs * self.epoch_steps
-        return range(period, self.steps, period)
+        return range(period, self.steps, period) if self.recipe.schedule == "steps" else range(0)
+
+    @property
+    def schedule(self) -> optax.Schedule:
+        """The learning rate at each step, which `max_steps` does not change."""
+        recipe, total = self.recipe, self.recipe.epochs * self.epoch_steps
+        if recipe.schedule == "cosine":
+            decaying = optax.cosine_decay_schedule(recipe.learning_rate, total)
+        else:
+            decaying = optim.piecewise(recipe.learning_rate, self.boundaries)
+        return optim.warmed_up(decaying, recipe.warmup_epochs * self.epoch_steps)
 
 
 def plan(
@@ -74,6 +88,9 @@ def plan(
             data_dir=data_dir,
             progress=progress,
         )
+    if recipe.validation:
+        data = sources.validated(data, recipe.validation)
+        log.info(f"{len(data.test['label']):,} of the training images stand in for the test set")
     epoch_steps = len(data.train["label"]) // recipe.batch_size
     if isinstance(recipe, Classification):
         recipe, data = _classes(recipe, data)

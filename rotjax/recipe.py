@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_
 
 import jax.numpy as jnp
 
-from rotjax import optim
+from rotjax import optim, presets
 from rotjax.errors import CheckpointError, UsageError
-from rotjax.models import CIFAR10_MEAN, CIFAR10_STD, Backbone, Classifier, StemName, create
+from rotjax.models import Backbone, Classifier, StemName, create
 from rotjax.rotation import ANGLES
 
 SCHEMA = 1  # of recipe.json
@@ -21,10 +21,11 @@ NETWORK = ("backbone", "stem", "width", "mean", "std")  # the fields that a pret
 
 BOUNDS = {
     "epochs": (1, 10**6), "max_steps": (1, 2**31 - 1), "batch_size": (1, 2**20), "decay_epochs": (1, 10**6),
-    "subset": (1, 2**31 - 1), "image_size": (8, 2048), "width": (2, 2048), "seed": (0, 2**32 - 1),
+    "warmup_epochs": (0, 10**6), "subset": (1, 2**31 - 1), "image_size": (8, 2048), "width": (2, 2048),
+    "seed": (0, 2**32 - 1), "cutout": (0, 1), "label_smoothing": (0, 0.99), "validation": (1e-6, 0.99),
 }  # fmt: skip
 
-DEFERRED: Any = None  # until `resolved`: the job, the data set or the pretrained network decides
+DEFERRED: Any = None  # until `resolved`: the preset, the data set or the pretrained network decides
 
 RGB = tuple[float, float, float]
 
@@ -33,6 +34,8 @@ RGB = tuple[float, float, float]
 class Recipe:
     """What both jobs share; a field that is left `DEFERRED` gets its value with `resolved`."""
 
+    preset: presets.Preset = "report"
+    """What is not given is the report's, or strong: today's practice, for images of about 32 pixels, on a GPU."""
     backbone: Backbone = DEFERRED
     """Network."""
     dataset: str = "cifar10"
@@ -47,17 +50,29 @@ class Recipe:
     """Stop after this many steps, whatever the epochs."""
     batch_size: int = DEFERRED
     """Images drawn per step, over all devices."""
+    optimizer: optim.Optimizer = DEFERRED
+    """adamw, or sgd with Nesterov's momentum of 0.9."""
     learning_rate: float = DEFERRED
-    """Initial rate of AdamW."""
+    """Highest rate of the schedule."""
+    schedule: Literal["steps", "cosine"] = DEFERRED
+    """steps: the rate falls to a tenth every decay_epochs; cosine: it falls to 0 along half a cosine."""
     decay_epochs: int = DEFERRED
-    """The rate falls to a tenth every so many epochs."""
-    weight_decay: float = 0.01
-    """Decoupled decay, on every parameter that trains."""
+    """Epochs between the falls of --schedule=steps."""
+    warmup_epochs: int = DEFERRED
+    """The rate rises from 0 to that of the schedule in so many epochs."""
+    weight_decay: float = DEFERRED
+    """Of every parameter that trains: decoupled (adamw) or added to the gradient (sgd)."""
     seed: int = 0
     """Decides initial weights, order, crops, flips and turns."""
     flip: bool = DEFERRED
     """Mirror images at random in training; not for what has no mirror image, such as digits."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    cutout: float = DEFERRED
+    """Side of a black square put at random into each training image, as a share of the image's; 0: none."""
+    label_smoothing: float = DEFERRED
+    """Share of each label that is spread evenly over all classes in training."""
+    validation: float | None = None
+    """Share of the training images that stands in for the test set: to choose a recipe without it."""
+    dtype: Literal["float32", "bfloat16"] = DEFERRED
     """Of the backbone's computation; parameters, statistics and logits are float32 in any case."""
     width: int = DEFERRED
     """Maps of the stem; every other layer follows."""
@@ -69,10 +84,16 @@ class Recipe:
     """Names of what the head tells apart, known once the data is."""
 
     job: ClassVar[str]
-    defaults: ClassVar[dict[str, Any]] = dict(
-        backbone="resnet18", stem="imagenet", batch_size=128, learning_rate=0.01, flip=True, width=64,
-        mean=CIFAR10_MEAN, std=CIFAR10_STD,
-    )  # fmt: skip
+
+    @property
+    def views(self) -> int:
+        """Images that a step trains on."""
+        return self.batch_size
+
+    @property
+    def tested_on(self) -> str:
+        """What it is scored on, in words."""
+        return "validation images" if self.validation else "test images"
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -108,8 +129,9 @@ class Recipe:
         )
 
     def resolved(self, **defaults: Any) -> Self:
-        """Fields that are None take their value from `defaults`, a data set's, else from the job's."""
-        values = self.defaults | defaults
+        """What is None is what the strong preset has, if asked for, else `defaults`, the data set's, else the report."""
+        strong = presets.STRONG[self.job] if self.preset == "strong" else {}
+        values = presets.REPORT[self.job] | defaults | strong
         missing = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None and f.name in values]
         return dataclasses.replace(self, **{name: values[name] for name in missing})
 
@@ -123,7 +145,10 @@ class Rotation(Recipe):
     classes: tuple[str, ...] = ANGLES
 
     job: ClassVar[str] = "rotation"
-    defaults: ClassVar[dict[str, Any]] = Recipe.defaults | dict(rotations="random", epochs=45, decay_epochs=15)
+
+    @property
+    def views(self) -> int:
+        return self.batch_size * (4 if self.rotations == "all" else 1)
 
 
 @dataclass(frozen=True)
@@ -140,7 +165,6 @@ class Classification(Recipe):
     """Training images per class, drawn by the seed. An epoch keeps its number of steps."""
 
     job: ClassVar[str] = "classification"
-    defaults: ClassVar[dict[str, Any]] = Recipe.defaults | dict(epochs=20, decay_epochs=10)
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -160,7 +184,7 @@ def check(recipe: Recipe) -> None:
         raise UsageError("--mean and --std go together; give both or neither")
     for name, (least, most) in BOUNDS.items():
         value = getattr(recipe, name, None)
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # nan is not either
             raise UsageError(f"--{name}={value} is too small; it is at least {least}")
         if value is not None and value > most:
             raise UsageError(f"--{name}={value} is too large; it is at most {most}")
@@ -172,6 +196,8 @@ def check(recipe: Recipe) -> None:
         raise UsageError(f"--mean is {recipe.mean}; means are finite numbers")
     if not all(math.isfinite(value) and value > 0 for value in recipe.std or ()):
         raise UsageError(f"--std is {recipe.std}; standard deviations are finite numbers above 0")
+    if None not in (recipe.warmup_epochs, recipe.epochs) and recipe.warmup_epochs > recipe.epochs:
+        raise UsageError(f"--warmup_epochs={recipe.warmup_epochs} is more than --epochs={recipe.epochs}; give fewer")
     if recipe.image_size is not None and recipe.image_size < 32 and recipe.stem == "imagenet":
         raise UsageError(f"--image_size={recipe.image_size} is too small for the imagenet stem; use 32 or --stem=cifar")
 

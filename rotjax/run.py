@@ -71,7 +71,8 @@ def train(
         until = partial(_until, stopping, log_steps)
         stream = train_stream(plan, feed, mesh, _task(recipe))
         score, testing = scoring.scorer(plan, model, feed, until), 0.0
-        step = training.train_steps(model, optimizer, mesh, stream.make)
+        loss = partial(training.cross_entropy, smoothing=recipe.label_smoothing)
+        step = training.train_steps(model, optimizer, mesh, stream.make, loss)
         if first < plan.steps:
             log.info("compiling the train step")
             step = _compiled(step, state, stream, mesh, feeds.programs(first, plan.steps, plan.epoch_steps, feed.steps))
@@ -110,11 +111,12 @@ def train(
             checkpoints.wait(saved)
             where = f"stopped at step {int(state.step)} of {plan.steps}, saved in {workdir}"
             raise Stopped(f"{where}; the same command goes on") from None
-        views = (plan.steps - first) * recipe.batch_size * (4 if _task(recipe) is tasks.all_turns else 1)
+        views = (plan.steps - first) * recipe.views
         summary = scores | {
             "images_per_second": round(views / seconds, 1) if views else None,
             "epochs": plan.epochs,
             "steps": plan.steps,
+            "tested_on": recipe.tested_on,
             "dataset": recipe.dataset,
             "train_images": len(plan.data.train["label"]),
             "test_images": len(plan.data.test["label"]),
@@ -153,7 +155,7 @@ def _build(plan: Plan) -> tuple[Classifier, optax.GradientTransformation, traini
         log.info(
             f"taken from {recipe.pretrained}: the backbone, {len(jax.tree.leaves(plan.backbone))} arrays; new: the head"
         )
-    optimizer = optim.adamw(optim.piecewise(recipe.learning_rate, plan.boundaries), recipe.weight_decay, recipe.frozen)
+    optimizer = optim.OPTIMIZERS[recipe.optimizer](plan.schedule, recipe.weight_decay, recipe.frozen)
     labels = jax.tree.leaves(optim.labels(variables["params"], recipe.frozen))
     sizes = [leaf.size for leaf in jax.tree.leaves(variables["params"])]
     trainable = sum(size for size, label in zip(sizes, labels, strict=True) if label == "trainable")
@@ -221,7 +223,7 @@ def train_stream(plan: Plan, feed: Feed, mesh: Mesh, task: tasks.Task) -> Stream
     """The batches that `plan` trains on."""
     recipe, data, share = plan.recipe, plan.data.train, parallel.share(plan.recipe.batch_size, mesh)
     picks = batches.train_picks(len(data["label"]), recipe.batch_size, plan.steps, seed=recipe.seed, share=share)
-    view = partial(train_view, task=task, flip=recipe.flip)
+    view = partial(train_view, task=task, flip=recipe.flip, cutout=recipe.cutout)
     return feed.stream(picks, view, feed.put(data, mesh))
 
 

@@ -19,6 +19,7 @@ from rotjax.parallel import data_mesh, replicated, split
 Row = dict[str, Any]
 Make = Callable[[Any, dict], dict]  # (what lies on the devices, what is sent to them) -> batch
 Step = Callable[["TrainState", dict], tuple["TrainState", dict[str, jax.Array]]]
+Loss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits [B,C], labels [B]) -> [B]
 
 
 @flax.struct.dataclass
@@ -61,23 +62,36 @@ def sent(data: Any, batch: dict) -> dict:
     return batch
 
 
-def train_step(model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> jax.stages.Wrapped:
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """The loss `[B]` of logits `[B,C]`, with a share `smoothing` of each label spread evenly over the C classes."""
+    if not smoothing:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing))
+
+
+def train_step(
+    model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, loss: Loss = cross_entropy
+) -> jax.stages.Wrapped:
     """The jitted `(state, batch) -> state, metrics`; the state given is donated.
 
     `batch` is `{'image': u8[B,H,W,3], 'label': i32[B]}`, `metrics` the `loss` and `accuracy` of this batch. Under a mesh
     of several devices batch statistics are the whole batch's.
     """
-    return jax.jit(_step(model, optimizer), donate_argnums=0, out_shardings=replicated(mesh or data_mesh()))
+    return jax.jit(_step(model, optimizer, loss), donate_argnums=0, out_shardings=replicated(mesh or data_mesh()))
 
 
 def train_steps(
-    model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, make: Make = sent
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    make: Make = sent,
+    loss: Loss = cross_entropy,
 ) -> jax.stages.Wrapped:
     """The jitted `(state, batches, data) -> state, metrics`: a `train_step` for each of `batches`, K in a leading axis.
 
     `make(data, batch)` is what a step trains on; the metrics are f32 `[K]`. The state given is donated.
     """
-    step = _step(model, optimizer)
+    step = _step(model, optimizer, loss)
     unroll = 0 if jax.default_backend() == "cpu" else 1  # 0: no loop, in which a CPU's convolutions are eight times slower
 
     def steps(state: TrainState, batches: dict, data: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -86,18 +100,18 @@ def train_steps(
     return jax.jit(steps, donate_argnums=0, out_shardings=replicated(mesh or data_mesh()))
 
 
-def _step(model: nn.Module, optimizer: optax.GradientTransformation) -> Step:
+def _step(model: nn.Module, optimizer: optax.GradientTransformation, loss: Loss) -> Step:
     apply: Callable[..., Any] = model.apply
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
-        def loss(params):
+        def objective(params):
             variables = state.variables | {"params": params}
             logits, updated = apply(variables, batch["image"], train=True, mutable=["batch_stats"])
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+            losses = loss(logits, batch["label"])
             return losses.mean(), (updated, (logits.argmax(-1) == batch["label"]).sum(dtype=jnp.int32))
 
         params = state.variables["params"]
-        (value, (updated, correct)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        (value, (updated, correct)), gradients = jax.value_and_grad(objective, has_aux=True)(params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, params)
         variables = state.variables | updated | {"params": optax.apply_updates(params, updates)}
         count = len(batch["label"])
@@ -123,7 +137,7 @@ def eval_step(model: nn.Module, mesh: Mesh | None = None, make: Make = sent) -> 
     def step(variables: dict, batch: dict, data: Any = None) -> dict[str, jax.Array]:
         batch = make(data, batch)
         logits = apply(variables, batch["image"], train=False)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        losses = cross_entropy(logits, batch["label"])
         confusion = jnp.zeros((logits.shape[-1],) * 2).at[batch["label"], logits.argmax(-1)].add(batch["weight"])
         return {"loss": (losses * batch["weight"]).sum(), "confusion": confusion}
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rotjax.data import augmentation, batches, sources, tasks
+from rotjax.data.dataset import Dataset
 from rotjax.errors import UsageError
 
 
@@ -98,6 +99,39 @@ def test_crops_are_windows_of_the_padded_image_mirrored_half_of_the_time(images)
     assert abs(counts - len(found) / 18).max() < 5 * (len(found) / 18) ** 0.5
     plain = batches.train_batches(images, tasks.classify, 48, 4, seed=0, flip=False)
     assert {windows[image.tobytes()][2] for t in range(4) for image in plain[t]["image"]} == {1}
+
+
+@pytest.mark.parametrize(("cutout", "side"), [(0.375, 3), (0.5, 4), (1.0, 8), (0.01, 0)])
+def test_a_square_of_the_asked_size_is_cut_out_around_any_pixel(images, cutout, side):
+    bright = images | {"image": images["image"] | 1}
+    whole = batches.train_batches(bright, tasks.classify, 48, 20, seed=0)
+    holed = batches.train_batches(bright, tasks.classify, 48, 20, seed=0, cutout=cutout)
+    centres = np.arange(8)[:, None]
+    spans = (np.arange(8) + side // 2 >= centres) & (np.arange(8) + side // 2 < centres + side)
+    holes = {np.outer(spans[row], spans[column]).tobytes() for row in range(8) for column in range(8)}
+    seen = set()
+    for before, after in zip(whole, holed, strict=True):
+        changed = (before["image"] != after["image"]).any(-1)
+        for hole, old, new in zip(changed, before["image"], after["image"], strict=True):
+            assert (new[hole] == 0).all() and (new[~hole] == old[~hole]).all()
+            black = (old == 0).all(-1)  # the padding, in which a hole does not show
+            fitting = [shape for shape in holes if (hole | black)[np.frombuffer(shape, bool).reshape(8, 8)].all()]
+            assert fitting
+            seen |= {hole.tobytes()} & holes
+    assert len(seen) > 0.7 * len(holes)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.1])
+def test_validation_images_are_those_of_every_run_and_not_trained_on(share):
+    data = Dataset("numbers", tuple(map(str, range(50))), numbered(50), numbered(7))
+    cut, again = (sources.validated(data, share) for _ in range(2))
+    trained, tested = cut.train["label"].tolist(), cut.test["label"].tolist()
+    assert len(tested) == round(50 * share) and sorted(trained + tested) == list(range(50))
+    assert tested == again.test["label"].tolist() == sorted(tested) and tested != list(range(len(tested)))
+    np.testing.assert_array_equal(centres(cut.train), cut.train["label"])
+    for share in (0.001, 0.999):
+        with pytest.raises(UsageError, match=f"--validation={share} of 50 training images is (0|50); give another share"):
+            sources.validated(data, share)
 
 
 def test_R7_turns_are_right_and_equally_likely(images):

@@ -321,9 +321,15 @@ def test_P6_out_of_memory_is_a_line_and_the_same_command_goes_on(start, tmp_path
     assert len(last) < 300 and "Traceback" not in (tmp_path / "False").read_text()
 
 
-def test_help_says_the_defaults_of_the_report_and_of_the_data_sets(call):
+def test_help_says_the_defaults_of_the_presets_and_of_the_data_sets(call):
     code, out, _ = call("rotation", "--help")
     assert code == 0
-    for words in ("--learning_rate", "0.01; digits 0.001", "(default: 45; digits 8)", "--rotations", "--workdir"):
+    for words in (
+        "--learning_rate",
+        "0.01; digits 0.001; strong 0.1",
+        "(default: 45; digits 8; strong 100)",
+        "--rotations",
+        "--workdir",
+    ):
         assert words in " ".join(out.split()), words
     assert "None" not in out and "--classes" not in out

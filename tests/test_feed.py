@@ -35,11 +35,11 @@ def made(stream):
 
 
 @pytest.mark.parametrize("task", [tasks.classify, tasks.random_turn, tasks.all_turns])
-@pytest.mark.parametrize(("flip", "seed"), [(True, 0), (True, 2**32 - 1), (False, 1)])
-def test_a_batch_made_on_the_device_is_that_of_the_host_to_the_byte(plan, images, task, flip, seed):
-    recipe = dataclasses.replace(plan.recipe, flip=flip, seed=seed)
+@pytest.mark.parametrize(("flip", "cutout", "seed"), [(True, 0.0, 0), (True, 0.4, 2**32 - 1), (False, 1.0, 1)])
+def test_a_batch_made_on_the_device_is_that_of_the_host_to_the_byte(plan, images, task, flip, cutout, seed):
+    recipe = dataclasses.replace(plan.recipe, flip=flip, cutout=cutout, seed=seed)
     changed = dataclasses.replace(plan, recipe=recipe)
-    known = [*rotjax.train_batches(images, task, 9, plan.steps, seed=seed, flip=flip)]
+    known = [*rotjax.train_batches(images, task, 9, plan.steps, seed=seed, flip=flip, cutout=cutout)]
     for feed in (HOST, DEVICE):
         stream = rotjax.run.train_stream(changed, feed, data_mesh(), task)
         assert (stream.data is None) == (feed is HOST)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from experiments import outcomes, reproduce, tables
-from experiments.rows import ROWS, Run, runs, shortened
+from experiments.rows import ROWS, STRONG, Run, runs, shortened
+from rotjax import optim
 from rotjax.errors import UsageError
 from rotjax.recipe import Classification, Rotation
 
@@ -20,7 +21,7 @@ def small(monkeypatch, tmp_path):
     rotations = Run("1", "rotations", Rotation(**SMALL), published=78.99, band=(78.0, 80.0))
     fields = {name: value for name, value in SMALL.items() if name not in ("stem", "width")}
     both = [rotations, Run("3a", "classes", Classification(**fields), rotations)]
-    monkeypatch.setattr(reproduce, "runs", lambda seeds: both)
+    monkeypatch.setattr(reproduce, "runs", lambda seeds, preset: both)
     monkeypatch.setattr(reproduce, "EPOCH_IMAGES", {"digits": 1438})
     return reproduce.Settings(workdirs=tmp_path / "work", results=tmp_path / "results", data_note="a note")
 
@@ -50,6 +51,24 @@ def test_every_row_of_the_report_is_there_and_starts_from_an_earlier_one():
         ("6a", "rotation"): 59.72,
         ("6b", "classification"): 81.97,
     }
+
+
+def test_the_strong_rows_are_the_tasks_of_the_reports_by_the_strong_preset():
+    rows = {run.row: run for run in runs(preset="strong")}
+    assert tuple(rows) == STRONG and {run.recipe.preset for run in rows.values()} == {"strong"}
+    assert [run.after and run.after.row for run in rows.values()] == [None, "S1", "S1", None]
+    assert [run.recipe.frozen for run in rows.values()] == [(), optim.FROZEN["last_block"], (), ()]
+    with pytest.raises(UsageError, match="no row '1'; rows are S1, S2a, S3a, S3b,"):
+        reproduce.chosen(list(rows.values()), "1")
+
+
+def test_the_strong_rows_have_a_table_of_their_own():
+    (result,) = (one for one in outcomes.load(outcomes.RESULTS) if (one.row, one.seed) == ("3a", 0))
+    strong = dataclasses.replace(result, row="S3a", summary=result.summary | {"accuracy": 0.951})
+    page = tables.readme([result, strong])
+    assert page.count("| S3a |") == 1 and "| S3a | classify, all trains, from row S1 | 95.5 | **95.10** | 1 |" in page
+    assert page.index("## Today's recipe") > page.index("| 3a |")
+    assert "| 3a |" not in page.partition("## Today's recipe")[2].partition("##")[0]
 
 
 def test_what_a_row_starts_from_comes_before_it():

@@ -423,8 +423,38 @@ def test_C9_a_recipe_survives_its_json_and_an_older_one_is_completed(data):
     recipe = rotjax.plan(rotjax.Classification(subset=3, **SMALL), data=data).recipe
     values = json.loads(json.dumps(rotjax.recipe.to_json(recipe)))
     assert rotjax.recipe.from_json(values, "here") == recipe
-    del values["flip"]
+    for name in ("flip", "preset", "optimizer", "schedule", "warmup_epochs", "cutout", "label_smoothing", "validation"):
+        del values[name]
     assert rotjax.recipe.from_json(values, "here") == recipe
+
+
+def test_what_is_given_comes_before_the_strong_preset_before_the_data_set_before_the_report():
+    digits = rotjax.data.sources.defaults("digits")
+    strong = rotjax.Rotation(preset="strong", epochs=7).resolved(**digits)
+    assert (strong.epochs, strong.learning_rate, strong.width, strong.backbone) == (7, 0.1, 32, "resnet18")
+    assert (strong.stem, strong.optimizer, strong.schedule, strong.views) == ("cifar", "sgd", "cosine", 64)
+    report = rotjax.Rotation().resolved(**digits)
+    assert (report.epochs, report.learning_rate, report.optimizer, report.schedule) == (8, 1e-3, "adamw", "steps")
+    assert rotjax.Rotation().resolved().name == "rotation-cifar10-resnet18-44136fa3"
+
+
+def test_R3_a_run_by_the_strong_preset_that_is_stopped_goes_on_to_the_same_bits(pretrained, data, tmp_path):
+    """SGD has another state than AdamW, and the rate rises and falls within the run."""
+    given = dict(preset="strong", batch_size=8, epochs=3, warmup_epochs=1, validation=0.25, trainable="last_block")
+    recipe = rotjax.Classification(pretrained=str(pretrained), **given)
+    plan = rotjax.plan(recipe, data=data)
+    assert (plan.recipe.optimizer, plan.recipe.dtype, plan.recipe.stem, plan.steps) == ("sgd", "bfloat16", "cifar", 12)
+    list(rotjax.train(plan, tmp_path / "usual", log_steps=2))
+    with pytest.raises(Stopped):
+        for row in rotjax.train(plan, tmp_path / "run", log_steps=2):
+            if row["step"] == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+    list(rotjax.train(plan, tmp_path / "run", log_steps=2))
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "usual/metrics.jsonl").read_bytes()
+    for one, other in zip(arrays(tmp_path / "run"), arrays(tmp_path / "usual"), strict=True):
+        np.testing.assert_array_equal(one, other)
+    final = summary(tmp_path / "run")
+    assert (final["test_images"], final["train_images"], final["tested_on"]) == (12, 36, "validation images")
 
 
 def test_C7_a_workdir_of_another_recipe_is_refused(pretrained, data):
@@ -435,6 +465,7 @@ def test_C7_a_workdir_of_another_recipe_is_refused(pretrained, data):
 CHANGES = dict(
     backbone="resnet50", stem="imagenet", width=8, classes=("a", "b"), learning_rate=0.1, weight_decay=0.0, decay_epochs=3,
     epochs=3, batch_size=16, image_size=16, dtype="bfloat16", mean=(0.0, 0.0, 0.0), trainable="head", subset=2, flip=False,
+    preset="strong", optimizer="sgd", schedule="cosine", warmup_epochs=1, cutout=0.5, label_smoothing=0.1, validation=0.5,
 )  # fmt: skip
 
 

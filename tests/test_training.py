@@ -48,6 +48,39 @@ def test_a_step_is_adamw_on_the_mean_loss_with_decay_on_every_parameter():
     assert max(jax.tree.leaves(errors)) < 1e-5  # the median: where a gradient is round-off, so is its sign
 
 
+def test_a_step_of_sgd_is_torchs_with_momentum_and_decay_through_the_gradient():
+    optimizer = rotjax.sgd(0.1, weight_decay=0.5)
+    params, gradients = {"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([0.5, 3.0])}
+    state, velocity, expected = optimizer.init(params), np.zeros(2), np.array([1.0, -2.0])
+    for _ in range(3):  # torch.optim.SGD(lr=0.1, momentum=0.9, weight_decay=0.5, nesterov=True)
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        gradient = np.array([0.5, 3.0]) + 0.5 * expected
+        velocity = 0.9 * velocity + gradient
+        expected = expected - 0.1 * (gradient + 0.9 * velocity)
+        np.testing.assert_allclose(params["w"], expected, rtol=1e-6)
+
+
+def test_the_rate_rises_and_falls_along_a_cosine(images):
+    data = rotjax.Dataset("noise", ("a", "b", "c"), images, images)
+    recipe = rotjax.Rotation(
+        stem="cifar", width=4, batch_size=12, epochs=10, learning_rate=0.2, schedule="cosine", warmup_epochs=2, max_steps=9
+    )
+    plan = rotjax.plan(recipe, data=data)
+    rates = [float(plan.schedule(step)) for step in range(41)]
+    cosine = 0.1 * (1 + np.cos(np.pi * np.arange(41) / 40))
+    np.testing.assert_allclose(rates, cosine * np.minimum(1, np.arange(1, 42) / 8), atol=1e-7)
+    assert len(plan.boundaries) == 0 and plan.steps == 9
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_smoothed_labels_are_shared_evenly_over_the_classes(smoothing):
+    logits, labels = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32), np.arange(6) % 5
+    surprise = -np.asarray(jax.nn.log_softmax(logits))
+    expected = (1 - smoothing) * surprise[np.arange(6), labels] + smoothing * surprise.mean(1)
+    np.testing.assert_allclose(training.cross_entropy(logits, labels, smoothing), expected, rtol=1e-6)
+
+
 def test_the_schedule_falls_to_a_tenth_at_its_boundaries():
     schedule = rotjax.piecewise(0.01, [30, 60])
     np.testing.assert_allclose([schedule(t) for t in (0, 29, 30, 59, 60)], [1e-2, 1e-2, 1e-3, 1e-3, 1e-4], rtol=1e-6)
@@ -72,12 +105,17 @@ def test_a_prefix_that_names_nothing_is_refused():
         small(frozen=("backbone/stage4/block1",)).init(jax.random.key(0), batch()["image"])
 
 
-@pytest.mark.parametrize("trainable", ["last_block", "head"])
-@pytest.mark.parametrize("statistics", ["held", "moving"])
-def test_frozen_means_frozen(trainable, statistics):
+@pytest.mark.parametrize(
+    ("trainable", "statistics", "kind"),
+    [
+        *((trainable, statistics, "adamw") for trainable in ("last_block", "head") for statistics in ("held", "moving")),
+        ("last_block", "held", "sgd"),
+    ],
+)
+def test_frozen_means_frozen(trainable, statistics, kind):
     frozen = optim.FROZEN[trainable]
     model = small(frozen=frozen if statistics == "held" else ())
-    optimizer = rotjax.adamw(0.1, weight_decay=0.5, frozen=frozen)
+    optimizer = optim.OPTIMIZERS[kind](0.1, weight_decay=0.5, frozen=frozen)
     variables = training.init_variables(model, 0, 8)
     state = training.init_state(optimizer, variables)
     step = training.train_step(model, optimizer)
@@ -101,7 +139,7 @@ def test_frozen_means_frozen(trainable, statistics):
         )
         if label == "trainable"
     )
-    assert slots == 2 * moving
+    assert slots == {"adamw": 2, "sgd": 1}[kind] * moving
 
 
 def test_frozen_stages_have_no_backward_pass():

@@ -9,18 +9,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from rotjax.data.tasks import COLUMNS, FLIPS, ROWS, Draw, Task
+from rotjax.data.tasks import COLUMNS, CUT_COLUMNS, CUT_ROWS, FLIPS, ROWS, Draw, Task
 from rotjax.rotation import whole_pixels
 
 STREAM = 2  # to be raised with every change of the batches that a seed gives: a run does not go on with others
 Array = Any  # np.ndarray or jax.Array
 
 
-def train_view(data: dict, pick: dict, *, task: Task, flip: bool) -> dict:
+def train_view(data: dict, pick: dict, *, task: Task, flip: bool, cutout: float = 0.0) -> dict:
     """The images of `data` that `pick` names, cropped, mirrored or not where `flip`, then given to the task.
 
     A pick is `{'seed': u32[B], 'epoch': i32[B], 'index': i32[B]}`. The crop's padding is an eighth of the image, 4 pixels
-    of 32.
+    of 32; the side of the square that is cut out the share `cutout`.
     """
     words = _words(pick)
     images = data["image"][pick["index"]]
@@ -28,6 +28,9 @@ def train_view(data: dict, pick: dict, *, task: Task, flip: bool) -> dict:
     rows, columns = (below(2 * padding + 1, words(stream)) for stream in (ROWS, COLUMNS))
     flips = words(FLIPS) >> 31 if flip else None
     images = crop_and_flip(images, rows, columns, flips, padding)
+    if side := round(cutout * images.shape[1]):
+        rows, columns = (below(images.shape[1], words(stream)) for stream in (CUT_ROWS, CUT_COLUMNS))
+        images = cut_out(images, rows, columns, side)
     images, labels = task(images, data["label"][pick["index"]], words)
     return {"image": images, "label": labels}
 
@@ -90,3 +93,18 @@ def _crop_and_flip(
     cut = jax.vmap(lambda image, row, column: jax.lax.dynamic_slice(image, (row, column, 0 * row), images.shape[1:]))
     cropped = cut(padded, rows, columns)
     return cropped if flips is None else jax.numpy.where(flips[:, None, None, None] == 1, cropped[:, :, ::-1], cropped)
+
+
+def cut_out(images: Array, rows: Array, columns: Array, side: int) -> Array:
+    """uint8 `[B,H,H,C]` with a black square of `side` pixels around `rows` and `columns` `[B]`, cut off at the edges.
+
+    "Improved regularization of convolutional neural networks with Cutout" (DeVries and Taylor, 2017).
+    """
+    xp = images.__array_namespace__()
+    places = xp.arange(images.shape[1]) + side // 2
+
+    def covered(centre: Array) -> Array:
+        return (places >= centre[:, None]) & (places < centre[:, None] + side)
+
+    hole = covered(rows)[:, :, None] & covered(columns)[:, None, :]
+    return xp.where(hole[..., None], xp.uint8(0), images)

@@ -23,11 +23,12 @@ def train_batches(
     *,
     seed: int,
     flip: bool = True,
+    cutout: float = 0.0,
     share: slice = EVERYTHING,
 ) -> Batches:
     """Batch `t` of `steps`: the `train_view` of the images that `train_picks` names."""
     picks = train_picks(len(data["label"]), batch_size, steps, seed=seed, share=share)
-    return viewed(data, picks, partial(train_view, task=task, flip=flip))
+    return viewed(data, picks, partial(train_view, task=task, flip=flip, cutout=cutout))
 
 
 def train_picks(count: int, batch_size: int, steps: int, *, seed: int, share: slice = EVERYTHING) -> Batches:

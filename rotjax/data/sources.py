@@ -1,5 +1,6 @@
 """Where images come from: data sets by name, each decoded once to uint8 arrays."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,20 @@ def subset(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
     if counts.min() < per_class:
         raise UsageError(f"--subset={per_class} is more than the {counts.min()} images of class {kinds[counts.argmin()]}")
     return np.sort(np.concatenate([order[labels[order] == kind][:per_class] for kind in kinds]))
+
+
+def validated(data: Dataset, share: float) -> Dataset:
+    """`data` with a `share` of its training images, the same ones in every run, in the place of its test images.
+
+    Raises UsageError where that leaves no image on either side.
+    """
+    count = len(data.train["label"])
+    drawn = np.sort(np.random.default_rng(0).permutation(count)[: round(share * count)])
+    if not 0 < len(drawn) < count:
+        raise UsageError(f"--validation={share} of {count:,} training images is {len(drawn):,}; give another share")
+    rest = np.setdiff1d(np.arange(count), drawn)
+    train, test = ({key: value[rows] for key, value in data.train.items()} for rows in (rest, drawn))
+    return dataclasses.replace(data, train=train, test=test)
 
 
 def _is_path(name: str) -> bool:
