@@ -115,9 +115,9 @@ def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
         if name == "classes":
             annotations[name] = Annotated[hint, tyro.conf.Suppress]
         elif getattr(kind, name, 0) is None:
-            report, strong = presets.REPORT[kind.job], presets.STRONG[kind.job]
+            report, others = presets.REPORT[kind.job], DEFAULTS | {"strong": presets.STRONG[kind.job], "sgd": presets.SGD}
             words = [str(report[name])] if name in report else []
-            words += [f"{other} {own[name]}" for other, own in ({**DEFAULTS, "strong": strong}).items() if name in own]
+            words += [f"{other} {own[name]}" for other, own in others.items() if name in own]
             words += ["the pretrained network's"] if name in NETWORK and kind is rotjax.Classification else []
             annotations[name] = Annotated[hint | None, default("; ".join(words))]
     body: dict[str, Any] = {name: getattr(kind, name) for name in annotations}

@@ -65,8 +65,11 @@ def draw(workdir: Path, plan: Plan) -> None:
                 save(figure, workdir / name)
 
 
-def curves(rows: Sequence[dict], epoch_steps: int, falls: Sequence[int], title: str) -> Figure:
-    """Loss and accuracy over epochs of the epochs' `rows` of metrics.jsonl; the learning rate falls after epochs `falls`."""
+def curves(rows: Sequence[dict], epoch_steps: int, falls: Sequence[int], title: str, tested: str = "test") -> Figure:
+    """Loss and accuracy over epochs of the epochs' `rows` of metrics.jsonl; the learning rate falls after epochs `falls`.
+
+    The line of what was `tested` on is called so.
+    """
     epochs = np.array([row["step"] for row in rows]) / epoch_steps
     marker = "o" if len(rows) <= 25 else ""
     figure = titled((8, 3.2), title)
@@ -74,7 +77,7 @@ def curves(rows: Sequence[dict], epoch_steps: int, falls: Sequence[int], title: 
     for axes, key, name, unit in panels:
         for split, colour, line in (("train", BLUE, "--"), ("test", VERMILLION, "-")):
             values = unit * np.array([row[f"{split}_{key}"] for row in rows])
-            last = f"{split}, {values[-1]:.2f} at the end"
+            last = f"{tested if split == 'test' else split}, {values[-1]:.2f} at the end"
             axes.plot(epochs, values, line, color=colour, marker=marker, markersize=3.5, label=last)
         for number, fall in enumerate(falls):
             label = "learning rate / 10" if number == 0 and key == "loss" else None
@@ -164,7 +167,8 @@ def _curves(workdir: Path, plan: Plan) -> Figure:
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     falls = [step // plan.epoch_steps for step in plan.boundaries]
     title = f"{_data(recipe)}: {recipe.backbone} learns to predict {_what(recipe)}"
-    return curves([row for row in rows if "test_loss" in row], plan.epoch_steps, falls, title)
+    tested = recipe.tested_on.partition(" ")[0]
+    return curves([row for row in rows if "test_loss" in row], plan.epoch_steps, falls, title, tested)
 
 
 def _predictions(workdir: Path, plan: Plan) -> Figure:

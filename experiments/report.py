@@ -18,6 +18,7 @@ from rotjax.data.sources import defaults
 from rotjax.errors import launcher
 from rotjax.planning import Plan
 from rotjax.presets import REPORT
+from rotjax.recipe import Recipe
 
 HEADER = "epoch   train loss   train accuracy   test loss   test accuracy   elapsed"
 FILES = ("recipe.json", "metrics.jsonl", "summary.json", "checkpoints/", *figures.NAMES)
@@ -123,7 +124,7 @@ class Progress:
 
     def _tabulate(self, row: dict, seconds: float) -> None:
         if not self.headed:
-            say(f"\n{HEADER}")
+            say("\n" + (HEADER if not self.plan.recipe.validation else HEADER.replace("test", "val.")))
             self.headed = True
         train, test = (f"{100 * row[key]:.2f}%" for key in ("train_accuracy", "test_accuracy"))
         say(
@@ -190,9 +191,13 @@ def next_step(workdir: Path, plan: Plan, data_dir: Path | None = None) -> str:
     if plan.recipe.job == "classification":
         return f'use it in Python:\n  model, variables, recipe = rotjax.load("{workdir}")'
     dataset = plan.recipe.dataset if len(plan.data.classes) > 1 else "FOLDER_WITH_A_FOLDER_PER_CLASS"
-    flags: dict[str, Any] = {"pretrained": workdir, "dataset": dataset}
-    if plan.recipe.image_size != defaults(plan.recipe.dataset)["image_size"]:
-        flags["image_size"] = plan.recipe.image_size
+    recipe, flags = plan.recipe, dict[str, Any](pretrained=workdir, dataset=dataset)
+    if recipe.image_size != defaults(recipe.dataset)["image_size"]:
+        flags["image_size"] = recipe.image_size
+    if recipe.preset != Recipe.preset:
+        flags["preset"] = recipe.preset
+    if recipe.validation:
+        flags["validation"] = recipe.validation
     if data_dir:
         flags["data_dir"] = data_dir
     words = " ".join(f"--{name}={shlex.quote(str(value))}" for name, value in flags.items())

@@ -15,7 +15,8 @@ from experiments.report import say
 from experiments.rows import Run, runs, shortened
 from rotjax.errors import UsageError
 from rotjax.presets import Preset
-from rotjax.recipe import Classification, to_json
+from rotjax.recipe import Classification
+from rotjax.recipe_json import to_json
 from rotjax.workdirs import read_recipe, write_json
 
 EPOCH_IMAGES = {"cifar10": 50_000, "imagenette": 9_469}  # what an estimate counts with

@@ -94,9 +94,14 @@ def _line(group: Sequence[Outcome], run: Run | None) -> tuple:
         f"{score - published:+.2f}" if published else "",
         inside,
         one.summary["device"],
-        f"{statistics.mean(outcome.summary['wall_seconds'] for outcome in group) / 60:.1f}",
+        _minutes(group),
         f"`--only={one.row}`",
     )
+
+
+def _minutes(group: Sequence[Outcome]) -> str:
+    mean = f"{statistics.mean(one.summary['wall_seconds'] for one in group) / 60:.1f}"
+    return mean + " after it was resumed" * any(one.summary["resumed_from"] for one in group)
 
 
 def _strong(outcomes: Sequence[Outcome]) -> list[str]:
@@ -104,9 +109,8 @@ def _strong(outcomes: Sequence[Outcome]) -> list[str]:
     lines = []
     for row, group in groupby(outcomes, lambda one: one.row):
         same = list(group)
-        minutes = statistics.mean(one.summary["wall_seconds"] for one in same) / 60
         score, goal = mean([one.score for one in same]), f"{known[row].goal:.1f}"
-        lines.append((row, known[row].what, goal, f"**{score}**", len(same), same[0].summary["device"], f"{minutes:.1f}"))
+        lines.append((row, known[row].what, goal, f"**{score}**", len(same), same[0].summary["device"], _minutes(same)))
     title = (
         "## Today's recipe\n\nThe tasks of rows 1 to 3b by `python -m experiments.reproduce --preset=strong`: ResNet18\n"
         "with the 3x3 stem, SGD along a cosine, rotations in all four turns a step; the goals are rotjax's own."
@@ -159,7 +163,7 @@ def _trials(outcomes: Sequence[Outcome]) -> list[str]:
 
 def _missing(there: set[tuple]) -> str:
     rows = sorted({run.row for run in runs() if (run.row, run.variant, run.recipe.job) not in there})
-    return f"Rows of which runs are missing: {', '.join(rows)}." if rows else "Every row has been run."
+    return f"Rows of which runs are missing: {', '.join(rows)}." if rows else "Every row of the report has been run."
 
 
 if __name__ == "__main__":

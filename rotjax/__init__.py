@@ -17,7 +17,6 @@ from rotjax.models import create as create
 from rotjax.optim import adamw as adamw
 from rotjax.optim import piecewise as piecewise
 from rotjax.optim import sgd as sgd
-from rotjax.optim import warmed_up as warmed_up
 from rotjax.planning import Plan as Plan
 from rotjax.planning import load as load
 from rotjax.planning import plan as plan

@@ -4,7 +4,6 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from rotjax.errors import UsageError
@@ -22,11 +21,6 @@ FROZEN: dict[str, tuple[str, ...]] = {
 def piecewise(learning_rate: float, boundaries: Sequence[int], factor: float = 0.1) -> optax.Schedule:
     """`learning_rate`, multiplied by `factor` from each of `boundaries` (steps) on."""
     return optax.piecewise_constant_schedule(learning_rate, {step: factor for step in boundaries})
-
-
-def warmed_up(schedule: optax.Schedule, steps: int) -> optax.Schedule:
-    """`schedule`, times a factor that rises evenly to 1 within the first `steps`."""
-    return (lambda count: schedule(count) * jnp.minimum(1.0, (count + 1) / steps)) if steps else schedule
 
 
 def labels(params, frozen: tuple[str, ...] = ()):
@@ -55,9 +49,7 @@ def adamw(
     return _for_trainable(optax.adamw(schedule, weight_decay=weight_decay), frozen)
 
 
-def sgd(
-    schedule: optax.ScalarOrSchedule, weight_decay: float = 5e-4, frozen: tuple[str, ...] = ()
-) -> optax.GradientTransformation:
+def sgd(schedule: optax.ScalarOrSchedule, weight_decay: float, frozen: tuple[str, ...] = ()) -> optax.GradientTransformation:
     """SGD with Nesterov's momentum of 0.9 and decay through every gradient, as torch's; `frozen` as of `adamw`."""
     momentum = optax.sgd(schedule, momentum=0.9, nesterov=True)
     return _for_trainable(optax.chain(optax.add_decayed_weights(weight_decay), momentum), frozen)

@@ -46,12 +46,13 @@ class Plan:
     @property
     def schedule(self) -> optax.Schedule:
         """The learning rate at each step, which `max_steps` does not change."""
-        recipe, total = self.recipe, self.recipe.epochs * self.epoch_steps
+        recipe = self.recipe
+        rise, total = recipe.warmup_epochs * self.epoch_steps, recipe.epochs * self.epoch_steps
         if recipe.schedule == "cosine":
-            decaying = optax.cosine_decay_schedule(recipe.learning_rate, total)
+            fall = optax.cosine_decay_schedule(recipe.learning_rate, max(total - rise, 1))
         else:
-            decaying = optim.piecewise(recipe.learning_rate, self.boundaries)
-        return optim.warmed_up(decaying, recipe.warmup_epochs * self.epoch_steps)
+            fall = optim.piecewise(recipe.learning_rate, [step - rise for step in self.boundaries])
+        return optax.join_schedules([optax.linear_schedule(0.0, recipe.learning_rate, rise), fall], [rise]) if rise else fall
 
 
 def plan(
@@ -90,7 +91,6 @@ def plan(
         )
     if recipe.validation:
         data = sources.validated(data, recipe.validation)
-        log.info(f"{len(data.test['label']):,} of the training images stand in for the test set")
     epoch_steps = len(data.train["label"]) // recipe.batch_size
     if isinstance(recipe, Classification):
         recipe, data = _classes(recipe, data)
@@ -120,6 +120,8 @@ def _inherit(recipe: Classification, donor: Path) -> tuple[Classification, int]:
     for name, value in inherited.items():
         if getattr(recipe, name) not in (None, value):
             raise UsageError(f"--{name}={getattr(recipe, name)} contradicts {donor}, which has {value}; leave --{name} out")
+    if recipe.validation not in (0.0, source.validation):
+        log.warning(f"the backbone of {donor} was pretrained on the validation images too, without their labels")
     return dataclasses.replace(recipe, **inherited, pretrained=f"{source.name}@{step}"), step
 
 

@@ -5,24 +5,21 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import jax.numpy as jnp
 
 from rotjax import optim, presets
-from rotjax.errors import CheckpointError, UsageError
+from rotjax.errors import UsageError
 from rotjax.models import Backbone, Classifier, StemName, create
 from rotjax.rotation import ANGLES
-
-SCHEMA = 1  # of recipe.json
 
 NETWORK = ("backbone", "stem", "width", "mean", "std")  # the fields that a pretrained backbone brings along
 
 BOUNDS = {
     "epochs": (1, 10**6), "max_steps": (1, 2**31 - 1), "batch_size": (1, 2**20), "decay_epochs": (1, 10**6),
     "warmup_epochs": (0, 10**6), "subset": (1, 2**31 - 1), "image_size": (8, 2048), "width": (2, 2048),
-    "seed": (0, 2**32 - 1), "cutout": (0, 1), "label_smoothing": (0, 0.99), "validation": (1e-6, 0.99),
+    "seed": (0, 2**32 - 1), "cutout": (0, 1), "label_smoothing": (0, 0.99), "validation": (0, 0.99),
 }  # fmt: skip
 
 DEFERRED: Any = None  # until `resolved`: the preset, the data set or the pretrained network decides
@@ -59,7 +56,7 @@ class Recipe:
     decay_epochs: int = DEFERRED
     """Epochs between the falls of --schedule=steps."""
     warmup_epochs: int = DEFERRED
-    """The rate rises from 0 to that of the schedule in so many epochs."""
+    """The rate rises from 0 in so many epochs, and then falls."""
     weight_decay: float = DEFERRED
     """Of every parameter that trains: decoupled (adamw) or added to the gradient (sgd)."""
     seed: int = 0
@@ -67,11 +64,11 @@ class Recipe:
     flip: bool = DEFERRED
     """Mirror images at random in training; not for what has no mirror image, such as digits."""
     cutout: float = DEFERRED
-    """Side of a black square put at random into each training image, as a share of the image's; 0: none."""
+    """Side of a grey square put at random into each training image, as a share of the image's; 0: none."""
     label_smoothing: float = DEFERRED
     """Share of each label that is spread evenly over all classes in training."""
-    validation: float | None = None
-    """Share of the training images that stands in for the test set: to choose a recipe without it."""
+    validation: float = 0.0
+    """Share of the training images that stands in for the test images: to choose a recipe without them; 0: none."""
     dtype: Literal["float32", "bfloat16"] = DEFERRED
     """Of the backbone's computation; parameters, statistics and logits are float32 in any case."""
     width: int = DEFERRED
@@ -108,8 +105,9 @@ class Recipe:
     @property
     def name(self) -> str:
         """`<job>-<dataset>-<backbone>-<hash>`, of what is not as usual: a field that a later rotjax adds changes no name."""
-        usual = to_json(type(self)().resolved())
-        words = json.dumps({key: value for key, value in to_json(self).items() if value != usual[key]}, sort_keys=True)
+        usual = dataclasses.asdict(type(self)().resolved())
+        own = {key: value for key, value in dataclasses.asdict(self).items() if value != usual[key]}
+        words = json.dumps(own, sort_keys=True)
         digest = hashlib.sha256(words.encode()).hexdigest()[:8]
         last = self.dataset.rstrip("/").split("/")[-1][:60]
         dataset = "".join(c if c.isalnum() or c in "-_" else "-" for c in last)
@@ -130,8 +128,12 @@ class Recipe:
 
     def resolved(self, **defaults: Any) -> Self:
         """What is None is what the strong preset has, if asked for, else `defaults`, the data set's, else the report."""
-        strong = presets.STRONG[self.job] if self.preset == "strong" else {}
-        values = presets.REPORT[self.job] | defaults | strong
+        values = presets.REPORT[self.job] | defaults
+        if self.preset == "strong":
+            values |= presets.STRONG[self.job]
+        if (self.optimizer or values["optimizer"]) == "sgd":
+            values |= presets.SGD
+        values["warmup_epochs"] = min(values["warmup_epochs"], (self.epochs or values["epochs"]) // 2)
         missing = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None and f.name in values]
         return dataclasses.replace(self, **{name: values[name] for name in missing})
 
@@ -180,6 +182,10 @@ JOBS: dict[str, type[Recipe]] = {"rotation": Rotation, "classification": Classif
 
 def check(recipe: Recipe) -> None:
     """Raises UsageError for the first value out of range, naming its flag."""
+    for name, hint in get_type_hints(type(recipe)).items():
+        value = getattr(recipe, name)
+        if get_origin(hint) is Literal and value is not None and value not in get_args(hint):
+            raise UsageError(f"--{name}={value} is none of {', '.join(get_args(hint))}; give one of them")
     if bool(recipe.mean) != bool(recipe.std):
         raise UsageError("--mean and --std go together; give both or neither")
     for name, (least, most) in BOUNDS.items():
@@ -200,51 +206,3 @@ def check(recipe: Recipe) -> None:
         raise UsageError(f"--warmup_epochs={recipe.warmup_epochs} is more than --epochs={recipe.epochs}; give fewer")
     if recipe.image_size is not None and recipe.image_size < 32 and recipe.stem == "imagenet":
         raise UsageError(f"--image_size={recipe.image_size} is too small for the imagenet stem; use 32 or --stem=cifar")
-
-
-def to_json(recipe: Recipe) -> dict[str, Any]:
-    """A dict of JSON's types with the job and the schema."""
-    return {"schema": SCHEMA, "job": recipe.job} | json.loads(json.dumps(dataclasses.asdict(recipe)))
-
-
-def from_json(values: dict[str, Any], where: str) -> Recipe:
-    """The recipe stored `where`; fields that an older rotjax did not know have the values that it worked with.
-
-    Raises CheckpointError for what is not a recipe, one of a newer schema, or one with values that no recipe can have.
-    """
-    if not isinstance(values, dict) or not isinstance(values.get("schema"), int) or values.get("job") not in list(JOBS):
-        raise CheckpointError(f"{where} is not a recipe; point at a workdir that rotjax wrote")
-    values = dict(values)
-    schema, kind = values.pop("schema"), JOBS[values.pop("job")]
-    unknown = set(values) - {f.name for f in dataclasses.fields(kind)}
-    if schema > SCHEMA or unknown:
-        raise CheckpointError(f"{where} was written by a newer rotjax (schema {schema}, here {SCHEMA}); upgrade rotjax")
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    recipe = kind(**fields).resolved()
-    for name, hint in get_type_hints(kind).items():
-        if get_origin(hint) is not ClassVar and not _fits(value := getattr(recipe, name), hint):
-            raise CheckpointError(f"{where} is not a recipe: its {name} is {str(value)[:40]!r}; name another workdir")
-    try:
-        check(recipe)
-    except UsageError as error:
-        raise CheckpointError(f"{where} is not a recipe: {error}") from error
-    return recipe
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the type that a field of a recipe is declared with."""
-    kind, parts = get_origin(hint), get_args(hint)
-    if kind is Literal:
-        return value in parts
-    if kind is UnionType:
-        return any(_fits(value, part) for part in parts)
-    if kind is tuple:
-        ends = len(parts) if Ellipsis not in parts else len(value) if isinstance(value, tuple) else 0
-        return isinstance(value, tuple) and len(value) == ends and all(_fits(one, parts[0]) for one in value)
-    return type(value) in ((int, float) if hint is float else (hint,)) or (value is None and hint is NoneType)
-
-
-def differences(saved: Recipe, asked: Recipe) -> str:
-    """`field saved -> asked` for each field that differs, in one line."""
-    old, new = to_json(saved), to_json(asked)
-    return ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in old | new if old.get(k) != new.get(k))

@@ -25,7 +25,8 @@ from rotjax.feed import Feed, Stream, Where
 from rotjax.models import Classifier
 from rotjax.parallel import data_mesh
 from rotjax.planning import Plan
-from rotjax.recipe import Classification, Recipe, Rotation, to_json
+from rotjax.recipe import Classification, Recipe, Rotation
+from rotjax.recipe_json import to_json
 from rotjax.transfer import graft
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def train(
                     last_save = time.perf_counter()
             seconds = time.perf_counter() - started - testing
             _save(saved, state)
-            log.info("scoring the test set")
+            log.info(f"scoring the {recipe.tested_on}")
             scores = scoring.final_scores(plan, score, state.variables)
         except _Signalled:
             _save(saved, state)

@@ -1,4 +1,4 @@
-"""What a run is scored on: the test set after every epoch, and at the end."""
+"""What a run is scored on: the test images after every epoch, and at the end."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing

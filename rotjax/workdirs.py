@@ -16,7 +16,8 @@ from rotjax.data.dataset import Dataset
 from rotjax.errors import CheckpointError, DataError, UsageError
 from rotjax.locks import held, names
 from rotjax.manifests import read_json
-from rotjax.recipe import Recipe, differences, from_json, to_json
+from rotjax.recipe import Recipe
+from rotjax.recipe_json import differences, from_json, to_json
 
 log = logging.getLogger(__name__)
 

@@ -103,35 +103,43 @@ def test_crops_are_windows_of_the_padded_image_mirrored_half_of_the_time(images)
 
 @pytest.mark.parametrize(("cutout", "side"), [(0.375, 3), (0.5, 4), (1.0, 8), (0.01, 0)])
 def test_a_square_of_the_asked_size_is_cut_out_around_any_pixel(images, cutout, side):
-    bright = images | {"image": images["image"] | 1}
+    bright = images | {"image": images["image"] | 128}
     whole = batches.train_batches(bright, tasks.classify, 48, 20, seed=0)
     holed = batches.train_batches(bright, tasks.classify, 48, 20, seed=0, cutout=cutout)
-    centres = np.arange(8)[:, None]
-    spans = (np.arange(8) + side // 2 >= centres) & (np.arange(8) + side // 2 < centres + side)
+    begin, place = np.arange(8)[:, None] - side // 2, np.arange(8)
+    spans = (place >= begin) & (place < begin + side)
     holes = {np.outer(spans[row], spans[column]).tobytes() for row in range(8) for column in range(8)}
     seen = set()
     for before, after in zip(whole, holed, strict=True):
         changed = (before["image"] != after["image"]).any(-1)
         for hole, old, new in zip(changed, before["image"], after["image"], strict=True):
-            assert (new[hole] == 0).all() and (new[~hole] == old[~hole]).all()
-            black = (old == 0).all(-1)  # the padding, in which a hole does not show
-            fitting = [shape for shape in holes if (hole | black)[np.frombuffer(shape, bool).reshape(8, 8)].all()]
-            assert fitting
-            seen |= {hole.tobytes()} & holes
-    assert len(seen) > 0.7 * len(holes)
+            assert (new[hole] == augmentation.GREY).all() and (new[~hole] == old[~hole]).all()
+            seen.add(hole.tobytes())
+    assert seen == holes
 
 
-@pytest.mark.parametrize("share", [0.25, 0.1])
-def test_validation_images_are_those_of_every_run_and_not_trained_on(share):
-    data = Dataset("numbers", tuple(map(str, range(50))), numbered(50), numbered(7))
+@pytest.mark.parametrize(("share", "taken"), [(0.25, [10, 2, 1, 0]), (0.01, [1, 1, 1, 0]), (0.99, [39, 7, 1, 0])])
+def test_validation_images_are_a_share_of_each_class_the_same_in_every_run_and_not_trained_on(share, taken, notes):
+    counts, test = [40, 8, 2, 1], numbered(7) | {"label": np.zeros(7, np.int32)}
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), counts)).astype(np.int32)
+    data = Dataset("numbers", tuple("abcd"), numbered(51) | {"label": labels}, test)
     cut, again = (sources.validated(data, share) for _ in range(2))
-    trained, tested = cut.train["label"].tolist(), cut.test["label"].tolist()
-    assert len(tested) == round(50 * share) and sorted(trained + tested) == list(range(50))
-    assert tested == again.test["label"].tolist() == sorted(tested) and tested != list(range(len(tested)))
-    np.testing.assert_array_equal(centres(cut.train), cut.train["label"])
-    for share in (0.001, 0.999):
-        with pytest.raises(UsageError, match=f"--validation={share} of 50 training images is (0|50); give another share"):
-            sources.validated(data, share)
+    assert np.bincount(cut.test["label"], minlength=4).tolist() == taken
+    trained, tested = centres(cut.train).tolist(), centres(cut.test).tolist()
+    assert sorted(trained + tested) == list(range(51)) and tested == centres(again.test).tolist()
+    np.testing.assert_array_equal(cut.train["label"], labels[trained])
+    assert notes[0] == f"{sum(taken)} of 51 training images stand in for the test images"
+
+
+def test_validation_is_refused_where_there_is_nothing_to_take_or_too_much_to_copy(monkeypatch):
+    single = Dataset("numbers", tuple("0123"), numbered(4), numbered(4))
+    with pytest.raises(UsageError, match="--validation=0.5: no class has two images"):
+        sources.validated(single, 0.5)
+    unlabelled = Dataset("photographs", (), *(numbered(9) | {"label": np.full(9, -1)} for _ in range(2)))
+    assert len(sources.validated(unlabelled, 0.4).test["label"]) == 3
+    monkeypatch.setattr(sources, "IN_MEMORY", 9 * 8 * 8 * 3 - 1)
+    with pytest.raises(UsageError, match="--validation copies .* into memory; put some into a folder val"):
+        sources.validated(unlabelled, 0.4)
 
 
 def test_R7_turns_are_right_and_equally_likely(images):

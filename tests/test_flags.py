@@ -43,7 +43,7 @@ BAD = {
     "schedule": one_of("step", "linear"),
     "warmup_epochs": numbers(st.integers(max_value=-1) | st.integers(46, 10**6)),
     **dict.fromkeys(("cutout", "label_smoothing"), numbers(st.floats(max_value=-1e-30) | st.sampled_from([math.nan, 1.5]))),
-    "validation": numbers(st.floats(max_value=0) | st.sampled_from([math.nan, 1])),
+    "validation": numbers(st.floats(max_value=-1e-30) | st.sampled_from([math.nan, 1])),
     "backbone": one_of("resnet", "RESNET18", "../resnet18"),
     "dataset": LONG | st.sampled_from(["nothing-like-it", "./nowhere", "file", "a b", "-rf", "cifar10/.."]),
     "stem": one_of("none", "Cifar"),

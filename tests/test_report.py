@@ -211,6 +211,17 @@ def test_next_step_without_classes(tmp_path):
     assert "--dataset=FOLDER" in report.next_step(tmp_path, plan(rotjax.Rotation, classes=()))
 
 
+def test_a_run_with_validation_images_does_not_speak_of_test_images(tmp_path, capsys):
+    this = plan(rotjax.Rotation, preset="strong", validation=0.25, max_steps=1)
+    with report.Progress(this) as progress:
+        row = {f"{part}_{name}": 0.5 for part in ("train", "test") for name in ("loss", "accuracy")}
+        progress.show(row | {"step": 1, "epoch": 1})
+    assert "val. accuracy" in (out := capsys.readouterr().out) and "test" not in out
+    assert " --preset=strong --validation=0.25" in report.next_step(tmp_path, this)
+    (_, line), *_ = report.facts(SUMMARY | {"tested_on": this.recipe.tested_on})
+    assert line == "78.77% on all four turns of 10,000 validation images"
+
+
 def test_F4_say_survives_its_reader_and_its_encoding():
     program = (
         "import sys; from experiments.report import say; [say('90\\u00b0' + 99 * '-') for _ in range(999)]; sys.exit(7)"

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, closing, suppress
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -387,16 +388,16 @@ def test_a_pretrained_run_that_is_not_there_is_refused(data, tmp_path):
     with pytest.raises(CheckpointError, match="not a recipe"):
         plan(tmp_path)
     recipe = rotjax.plan(rotjax.Rotation(**SMALL), data=data).recipe
-    (tmp_path / "recipe.json").write_text(json.dumps(rotjax.recipe.to_json(recipe)))
+    (tmp_path / "recipe.json").write_text(json.dumps(rotjax.recipe_json.to_json(recipe)))
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         plan(tmp_path)
 
 
 def test_C10_a_recipe_of_a_later_rotjax_is_refused(data):
-    values = rotjax.recipe.to_json(rotjax.plan(rotjax.Rotation(**SMALL), data=data).recipe)
+    values = rotjax.recipe_json.to_json(rotjax.plan(rotjax.Rotation(**SMALL), data=data).recipe)
     for later in ({"schema": 99}, {"colour": "blue"}):
         with pytest.raises(CheckpointError, match="here was written by a newer rotjax"):
-            rotjax.recipe.from_json(values | later, "here")
+            rotjax.recipe_json.from_json(values | later, "here")
 
 
 @pytest.mark.parametrize(
@@ -411,7 +412,7 @@ def test_C10_a_recipe_of_a_later_rotjax_is_refused(data):
     ],
 )  # fmt: skip
 def test_U2_a_forged_recipe_is_refused_in_a_line(data, tmp_path, content):
-    values = rotjax.recipe.to_json(rotjax.plan(rotjax.Classification(**SMALL), data=data).recipe)
+    values = rotjax.recipe_json.to_json(rotjax.plan(rotjax.Classification(**SMALL), data=data).recipe)
     text = json.dumps(values | content) if isinstance(content, dict) else content
     (tmp_path / "recipe.json").write_text(text, encoding="latin-1")
     with pytest.raises(CheckpointError, match="recipe.json (is not a recipe|cannot be read)") as caught:
@@ -421,17 +422,24 @@ def test_U2_a_forged_recipe_is_refused_in_a_line(data, tmp_path, content):
 
 def test_C9_a_recipe_survives_its_json_and_an_older_one_is_completed(data):
     recipe = rotjax.plan(rotjax.Classification(subset=3, **SMALL), data=data).recipe
-    values = json.loads(json.dumps(rotjax.recipe.to_json(recipe)))
-    assert rotjax.recipe.from_json(values, "here") == recipe
+    values = json.loads(json.dumps(rotjax.recipe_json.to_json(recipe)))
+    assert rotjax.recipe_json.from_json(values, "here") == recipe
+    strong = rotjax.recipe_json.from_json(
+        {key: value for key, value in values.items() if key != "cutout"} | {"preset": "strong"}, "here"
+    )
+    assert strong == dataclasses.replace(recipe, preset="strong"), "what was not known was not done, whatever the preset"
     for name in ("flip", "preset", "optimizer", "schedule", "warmup_epochs", "cutout", "label_smoothing", "validation"):
         del values[name]
-    assert rotjax.recipe.from_json(values, "here") == recipe
+    assert rotjax.recipe_json.from_json(values, "here") == recipe
 
 
 def test_what_is_given_comes_before_the_strong_preset_before_the_data_set_before_the_report():
     digits = rotjax.data.sources.defaults("digits")
     strong = rotjax.Rotation(preset="strong", epochs=7).resolved(**digits)
     assert (strong.epochs, strong.learning_rate, strong.width, strong.backbone) == (7, 0.1, 32, "resnet18")
+    assert (strong.warmup_epochs, rotjax.Rotation(preset="strong").resolved().warmup_epochs) == (3, 5)
+    rates = [(rotjax.Rotation(preset=p, optimizer=o).resolved()) for p in ("strong", "report") for o in ("adamw", "sgd")]
+    assert [(one.learning_rate, one.weight_decay) for one in rates] == [(0.01, 0.01), (0.1, 5e-4)] * 2
     assert (strong.stem, strong.optimizer, strong.schedule, strong.views) == ("cifar", "sgd", "cosine", 64)
     report = rotjax.Rotation().resolved(**digits)
     assert (report.epochs, report.learning_rate, report.optimizer, report.schedule) == (8, 1e-3, "adamw", "steps")
@@ -457,6 +465,34 @@ def test_R3_a_run_by_the_strong_preset_that_is_stopped_goes_on_to_the_same_bits(
     assert (final["test_images"], final["train_images"], final["tested_on"]) == (12, 36, "validation images")
 
 
+def test_a_run_takes_the_step_of_its_recipe(data, tmp_path):
+    """Optimizer, rate, decay, smoothing and cutout; in one step, after which rounding is all that may differ."""
+    given = dict(optimizer="sgd", schedule="cosine", label_smoothing=0.3, cutout=0.5, weight_decay=0.1, max_steps=1)
+    plan = rotjax.plan(rotjax.Classification(**SMALL, **given), data=data)
+    list(rotjax.train(plan, tmp_path / "run"))
+    model, optimizer = plan.recipe.model(), rotjax.sgd(0.1, weight_decay=0.1)
+    state = rotjax.init_state(optimizer, rotjax.init_variables(model, 1, 8))
+    batch = rotjax.train_batches(data.train, rotjax.classify, 8, 1, seed=1, cutout=0.5)[0]
+    step = rotjax.train_step(model, optimizer, loss=partial(rotjax.cross_entropy, smoothing=0.3))
+    expected = step(state, batch)[0].variables
+    for one, other in zip(jax.tree.leaves(expected), arrays(tmp_path / "run"), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "value"), [("preset", "Strong"), ("schedule", "linear"), ("optimizer", "SGD")])
+def test_a_recipe_in_python_with_a_name_that_is_none_is_refused(data, name, value):
+    with pytest.raises(UsageError, match=f"--{name}={value} is none of .*; give one of them"):
+        rotjax.plan(rotjax.Rotation(**(SMALL | {name: value})), data=data)
+
+
+def test_a_backbone_that_has_seen_the_validation_images_is_told(pretrained, data, notes):
+    given = dict(pretrained=str(pretrained), batch_size=8)
+    rotjax.plan(rotjax.Classification(**given), data=data)
+    assert not any("validation" in note for note in notes)
+    rotjax.plan(rotjax.Classification(validation=0.25, **given), data=data)
+    assert any("pretrained on the validation images too" in note for note in notes)
+
+
 def test_C7_a_workdir_of_another_recipe_is_refused(pretrained, data):
     with pytest.raises(UsageError, match=r"holds another run \(seed 1 -> 2\)"):
         carry_out(rotjax.Rotation(**(SMALL | {"seed": 2})), data, pretrained)
@@ -472,7 +508,7 @@ CHANGES = dict(
 @pytest.mark.parametrize("field", CHANGES)
 def test_C7_each_field_of_another_recipe_is_named(data, tmp_path, field):
     recipe = rotjax.plan(rotjax.Classification(**SMALL), data=data).recipe
-    (tmp_path / "recipe.json").write_text(json.dumps(rotjax.recipe.to_json(recipe)))
+    (tmp_path / "recipe.json").write_text(json.dumps(rotjax.recipe_json.to_json(recipe)))
     rotjax.workdirs.check_vacant(tmp_path, recipe)
     asked = dataclasses.replace(recipe, **{field: CHANGES[field]})
     with pytest.raises(UsageError, match=rf"holds another run \({field} [^,]*.* -> [^,]*.*\); name another workdir"):

@@ -68,9 +68,17 @@ def test_the_rate_rises_and_falls_along_a_cosine(images):
     )
     plan = rotjax.plan(recipe, data=data)
     rates = [float(plan.schedule(step)) for step in range(41)]
-    cosine = 0.1 * (1 + np.cos(np.pi * np.arange(41) / 40))
-    np.testing.assert_allclose(rates, cosine * np.minimum(1, np.arange(1, 42) / 8), atol=1e-7)
+    expected = [*(0.2 * np.arange(8) / 8), *(0.1 * (1 + np.cos(np.pi * np.arange(33) / 32)))]
+    np.testing.assert_allclose(rates, expected, atol=1e-7)
     assert len(plan.boundaries) == 0 and plan.steps == 9
+
+
+def test_the_rate_rises_and_falls_in_steps(images):
+    data = rotjax.Dataset("noise", ("a", "b", "c"), images, images)
+    recipe = rotjax.Rotation(stem="cifar", width=4, batch_size=12, epochs=7, decay_epochs=3, warmup_epochs=1)
+    plan = rotjax.plan(recipe, data=data)
+    expected = [0, 0.0025, 0.005, 0.0075, *[0.01] * 8, *[0.001] * 12, *[0.0001] * 4]
+    np.testing.assert_allclose([float(plan.schedule(step)) for step in range(28)], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

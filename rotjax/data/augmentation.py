@@ -12,6 +12,7 @@ import numpy as np
 from rotjax.data.tasks import COLUMNS, CUT_COLUMNS, CUT_ROWS, FLIPS, ROWS, Draw, Task
 from rotjax.rotation import whole_pixels
 
+GREY = np.uint8(120)  # as bright as the mean of photographs
 STREAM = 2  # to be raised with every change of the batches that a seed gives: a run does not go on with others
 Array = Any  # np.ndarray or jax.Array
 
@@ -96,7 +97,7 @@ def _crop_and_flip(
 
 
 def cut_out(images: Array, rows: Array, columns: Array, side: int) -> Array:
-    """uint8 `[B,H,H,C]` with a black square of `side` pixels around `rows` and `columns` `[B]`, cut off at the edges.
+    """uint8 `[B,H,H,C]` with a grey square of `side` pixels around `rows` and `columns` `[B]`, cut off at the edges.
 
     "Improved regularization of convolutional neural networks with Cutout" (DeVries and Taylor, 2017).
     """
@@ -107,4 +108,4 @@ def cut_out(images: Array, rows: Array, columns: Array, side: int) -> Array:
         return (places >= centre[:, None]) & (places < centre[:, None] + side)
 
     hole = covered(rows)[:, :, None] & covered(columns)[:, None, :]
-    return xp.where(hole[..., None], xp.uint8(0), images)
+    return xp.where(hole[..., None], GREY, images)

@@ -50,3 +50,13 @@ class Dataset:
     def image_size(self) -> int:
         """Side of the images in pixels."""
         return self.train["image"].shape[1]
+
+
+def held_out(labels: np.ndarray, share: float) -> np.ndarray:
+    """A mask `[N]` with a `share` of each class, of two or more images at least one; the same for the same labels."""
+    order = np.random.Generator(np.random.Philox(key=0)).permutation(len(labels))
+    mask = np.zeros(len(labels), bool)
+    for kind in np.unique(labels):
+        rows = order[labels[order] == kind]
+        mask[rows[: max(int(len(rows) * share), int(len(rows) > 1))]] = True
+    return mask

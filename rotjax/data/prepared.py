@@ -13,7 +13,7 @@ from PIL import Image
 
 from rotjax.data import catalogue
 from rotjax.data.batches import Arrays, check_fits
-from rotjax.data.dataset import Dataset
+from rotjax.data.dataset import Dataset, held_out
 from rotjax.data.decoded import decoded, fingerprint
 from rotjax.data.pixels import square
 from rotjax.errors import DataError
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # that an image of TFDS may be encoded in
 
+TENTH = 0.1  # of a set without a split to test on
 Builder = Any  # tfds.core.DatasetBuilder, whose annotations do not know what kind of features it has
 
 
@@ -51,10 +52,10 @@ def load(
     parts = _arrays(builder, ["train", *tests], len(classes), image_size, progress)
     if not tests:
         count = len(labels := parts[0]["label"])
-        held_out = int(_tenth(labels).sum())  # as many whatever the order of the labels, and they come last
-        rows = (slice(count - held_out), slice(count - held_out, None))  # in place: the images may be more than memory holds
+        tested = int(held_out(labels, TENTH).sum())  # as many whatever the order of the labels, and they come last
+        rows = (slice(count - tested), slice(count - tested, None))  # in place: the images may be more than memory holds
         parts = [{key: value[part] for key, value in parts[0].items()} for part in rows]
-        log.info(f"{name} has no test split: {held_out:,} of {count:,} images, a tenth of each class, are held out")
+        log.info(f"{name} has no test split: {tested:,} of {count:,} images, a tenth of each class, are held out")
     return Dataset(name, classes, *parts)
 
 
@@ -97,7 +98,7 @@ def _classes(builder: Builder) -> tuple[str, ...]:
 def _arrays(builder: Builder, splits: list[str], classes: int, image_size: int, progress: Callable) -> list[Arrays]:
     """Each of `splits`, decoded: `{'image': u8[N,H,H,3], 'label': i32[N]}`; decoded again where a file has changed.
 
-    Of a single split the images of `_tenth` come last.
+    Of a single split the tenth that is `held_out` comes last.
     """
     folder, counts = Path(builder.data_path), [builder.info.splits[split].num_examples for split in splits]
     if not all(counts):
@@ -125,7 +126,7 @@ def _records(
     if tenth_last:
         label = tfds.features.FeaturesDict({"label": features["label"]}) if classes else None
         labels = [_record(builder, split, source, label, index)["label"] if label else -1 for index in order]
-        order = np.argsort(_tenth(np.array(labels)), kind="stable").tolist()
+        order = np.argsort(held_out(np.array(labels), TENTH), kind="stable").tolist()
     for index in progress(order):
         record = _record(builder, split, source, features, index, image_size)
         label = record["label"] if classes else -1
@@ -155,13 +156,3 @@ def _shard(builder: Builder, split: str, index: int) -> Path:
     """The file that holds record `index` of `split`."""
     info = builder.info.splits[split]
     return Path(info.filepaths[np.searchsorted(np.cumsum(info.shard_lengths), index, side="right")])
-
-
-def _tenth(labels: np.ndarray) -> np.ndarray:
-    """A mask `[N]` with a tenth of each class, of two or more images at least one; the same for the same labels."""
-    order = np.random.Generator(np.random.Philox(key=0)).permutation(len(labels))
-    mask = np.zeros(len(labels), bool)
-    for kind in np.unique(labels):
-        rows = order[labels[order] == kind]
-        mask[rows[: max(len(rows) // 10, int(len(rows) > 1))]] = True
-    return mask

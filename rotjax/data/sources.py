@@ -1,6 +1,7 @@
 """Where images come from: data sets by name, each decoded once to uint8 arrays."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,12 @@ import numpy as np
 from PIL import Image
 
 from rotjax.data import photographs
-from rotjax.data.dataset import Dataset
+from rotjax.data.dataset import Dataset, held_out
+from rotjax.data.decoded import IN_MEMORY
 from rotjax.data.pixels import square
-from rotjax.errors import UsageError
+from rotjax.errors import UsageError, in_bytes
+
+log = logging.getLogger(__name__)
 
 DEFAULTS = {
     "digits": dict(
@@ -66,16 +70,17 @@ def subset(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
 
 
 def validated(data: Dataset, share: float) -> Dataset:
-    """`data` with a `share` of its training images, the same ones in every run, in the place of its test images.
+    """`data` with a `share` of each class of its training images, the same in every run, in the place of its test images.
 
-    Raises UsageError where that leaves no image on either side.
+    Raises UsageError where there is nothing to take, or the images are too many to be copied.
     """
-    count = len(data.train["label"])
-    drawn = np.sort(np.random.default_rng(0).permutation(count)[: round(share * count)])
-    if not 0 < len(drawn) < count:
-        raise UsageError(f"--validation={share} of {count:,} training images is {len(drawn):,}; give another share")
-    rest = np.setdiff1d(np.arange(count), drawn)
-    train, test = ({key: value[rows] for key, value in data.train.items()} for rows in (rest, drawn))
+    if (size := data.train["image"].nbytes) > IN_MEMORY:
+        raise UsageError(f"--validation copies {in_bytes(size)} of images into memory; put some into a folder val instead")
+    mask = held_out(data.train["label"], share)
+    if not mask.any():
+        raise UsageError(f"--validation={share}: no class has two images to train on; leave it out")
+    train, test = ({key: value[rows] for key, value in data.train.items()} for rows in (~mask, mask))
+    log.info(f"{mask.sum():,} of {len(mask):,} training images stand in for the test images")
     return dataclasses.replace(data, train=train, test=test)
 
 

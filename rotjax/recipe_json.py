@@ -1,0 +1,60 @@
+"""Recipes as recipe.json holds them."""
+
+import dataclasses
+import json
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from rotjax import presets
+from rotjax.errors import CheckpointError, UsageError
+from rotjax.recipe import JOBS, Recipe, check
+
+SCHEMA = 1
+
+
+def to_json(recipe: Recipe) -> dict[str, Any]:
+    """A dict of JSON's types with the job and the schema."""
+    return {"schema": SCHEMA, "job": recipe.job} | json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def from_json(values: dict[str, Any], where: str) -> Recipe:
+    """The recipe stored `where`; fields that an older rotjax did not know have the values that it worked with.
+
+    Raises CheckpointError for what is not a recipe, one of a newer schema, or one with values that no recipe can have.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("schema"), int) or values.get("job") not in list(JOBS):
+        raise CheckpointError(f"{where} is not a recipe; point at a workdir that rotjax wrote")
+    values = dict(values)
+    schema, kind = values.pop("schema"), JOBS[values.pop("job")]
+    unknown = set(values) - {f.name for f in dataclasses.fields(kind)}
+    if schema > SCHEMA or unknown:
+        raise CheckpointError(f"{where} was written by a newer rotjax (schema {schema}, here {SCHEMA}); upgrade rotjax")
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    recipe = kind(**(presets.REPORT[kind.job] | fields))  # what was not known was not done, whatever the preset
+    for name, hint in get_type_hints(kind).items():
+        if get_origin(hint) is not ClassVar and not _fits(value := getattr(recipe, name), hint):
+            raise CheckpointError(f"{where} is not a recipe: its {name} is {str(value)[:40]!r}; name another workdir")
+    try:
+        check(recipe)
+    except UsageError as error:
+        raise CheckpointError(f"{where} is not a recipe: {error}") from error
+    return recipe
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the type that a field of a recipe is declared with."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return value in parts
+    if kind is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if kind is tuple:
+        ends = len(parts) if Ellipsis not in parts else len(value) if isinstance(value, tuple) else 0
+        return isinstance(value, tuple) and len(value) == ends and all(_fits(one, parts[0]) for one in value)
+    return type(value) in ((int, float) if hint is float else (hint,)) or (value is None and hint is NoneType)
+
+
+def differences(saved: Recipe, asked: Recipe) -> str:
+    """`field saved -> asked` for each field that differs, in one line."""
+    old, new = to_json(saved), to_json(asked)
+    return ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in old | new if old.get(k) != new.get(k))
