@@ -47,9 +47,13 @@ def _within_reach(kernel, size):
 
 @jax.custom_vjp
 def _same(images, kernel):
-    """A convolution of stride 1 to maps of the same size, whose gradients are products with patches of the cotangent."""
+    """A convolution of stride 1 to maps of the same size; see `_same_backward` for its gradients."""
     if max(images.shape[1:3]) <= 2 or kernel.shape[:2] == (1, 1):
         return _patches(images, kernel.shape[:2]) @ kernel.reshape(-1, kernel.shape[3])
+    return _by_xla(images, kernel)
+
+
+def _by_xla(images, kernel):
     return lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
@@ -58,12 +62,20 @@ def _same_forward(images, kernel):
 
 
 def _same_backward(saved, cotangent):
+    """Both as products with the same patches of the cotangent, where these are small.
+
+    Else the maps' by XLA, and the kernel's from maps shifted along columns and cotangents shifted along rows, which are two
+    thirds of the patches.
+    """
     images, kernel = saved
     height, width, channels, features = kernel.shape
-    patches = _patches(cotangent, (height, width))
-    turned = kernel[::-1, ::-1].swapaxes(2, 3).reshape(-1, channels)
-    products = jnp.tensordot(images, patches, ((0, 1, 2), (0, 1, 2))).reshape(channels, height, width, features)
-    return patches @ turned, products.transpose(1, 2, 0, 3)[::-1, ::-1]
+    turned, pixels = kernel[::-1, ::-1].swapaxes(2, 3), ((0, 1, 2), (0, 1, 2))
+    if features < channels or max(images.shape[1:3]) <= 2 or (height, width) == (1, 1):
+        patches = _patches(cotangent, (height, width))
+        products = jnp.tensordot(images, patches, pixels).reshape(channels, height, width, features)
+        return patches @ turned.reshape(-1, channels), products.transpose(1, 2, 0, 3)[::-1, ::-1]
+    products = jnp.tensordot(_patches(images, (1, width)), _patches(cotangent, (height, 1)), pixels)
+    return _by_xla(cotangent, turned), products.reshape(width, channels, height, features).transpose(2, 0, 1, 3)[::-1]
 
 
 _same.defvjp(_same_forward, _same_backward)
