@@ -120,7 +120,7 @@ def _inherit(recipe: Classification, donor: Path) -> tuple[Classification, int]:
     for name, value in inherited.items():
         if getattr(recipe, name) not in (None, value):
             raise UsageError(f"--{name}={getattr(recipe, name)} contradicts {donor}, which has {value}; leave --{name} out")
-    if recipe.validation not in (0.0, source.validation):
+    if recipe.dataset == source.dataset and recipe.validation not in (0.0, source.validation):
         log.warning(f"the backbone of {donor} was pretrained on the validation images too, without their labels")
     return dataclasses.replace(recipe, **inherited, pretrained=f"{source.name}@{step}"), step
 
