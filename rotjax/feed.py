@@ -77,8 +77,8 @@ def choose(plan: Plan, augment: Where | None, steps: int | None, threads: int | 
     if steps is None:
         size = plan.recipe.batch_size * (plan.data.train["image"][0].nbytes if augment == "host" else 12)
         most = 1 if cpu else max(1, min(STEPS, epoch, SENT // size))
-        powers = [1 << power for power in range(most.bit_length())]
-        steps = min(powers, key=lambda steps: sum(divmod(epoch, steps)))  # the fewest dispatches
+        numbers = range(1, most + 1)  # that divide an epoch with the fewest dispatches, and then with one program for all
+        steps = min(numbers, key=lambda steps: (sum(divmod(epoch, steps)), epoch % steps > 0))
     return Feed(augment, min(steps, epoch), (0 if cpu else 1) if threads is None else threads)
 
 

@@ -224,8 +224,8 @@ def test_what_is_not_said_suits_the_devices(plan, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for memory, where in (({"bytes_limit": 10**6}, "device"), ({"bytes_limit": 10**4}, "host"), (None, "host")):
         monkeypatch.setattr(jax, "local_devices", lambda memory=memory: [Device(memory)])
-        assert feeds.choose(plan, None, None, None) == feeds.Feed(where, 4, 1)
-    for steps, most in ((390, 32), (63, 8), (89, 8), (64, 32), (1, 1)):
+        assert feeds.choose(plan, None, None, None) == feeds.Feed(where, 5, 1)
+    for steps, most in ((390, 30), (73, 24), (781, 30), (64, 32), (63, 21), (62, 31), (7, 7), (1, 1)):
         large = dataclasses.replace(plan, epoch_steps=steps, steps=10 * steps)
         assert feeds.choose(large, "device", None, 2) == feeds.Feed("device", most, 2)
     monkeypatch.setattr(feeds, "SENT", 5 * plan.data.train["image"][:9].nbytes)
