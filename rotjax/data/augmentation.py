@@ -3,13 +3,12 @@
 Equal to the byte for NumPy and JAX arrays: a batch may be made on the host or, from images that are there, on the device.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from rotjax.data.tasks import COLUMNS, CUT_COLUMNS, CUT_ROWS, FLIPS, ROWS, Draw, Task
+from rotjax.data.tasks import COLUMNS, CUT_COLUMNS, CUT_ROWS, FLIPS, ROWS, STREAMS, Draw, Task
 from rotjax.rotation import whole_pixels
 
 GREY = np.uint8(120)  # as bright as the mean of photographs
@@ -44,14 +43,18 @@ def test_view(data: dict, pick: dict, *, task: Task) -> dict:
 
 
 def _words(pick: dict) -> Draw:
-    return partial(draw, seed=pick["seed"], epoch=pick["epoch"], index=pick["index"])
+    every = draw(np.arange(STREAMS)[:, None], pick["seed"], pick["epoch"], pick["index"])
+    return lambda stream: every[stream]
 
 
-def draw(stream: int, seed: Array, epoch: Array, index: Array) -> Array:
-    """Uniform uint32 `[B]` for each image `index` `[B]`, others for other streams, seeds, epochs (`[B]` or numbers)."""
+def draw(stream: Array, seed: Array, epoch: Array, index: Array) -> Array:
+    """Uniform uint32 `[B]` for each image `index` `[B]`, others for other streams, seeds, epochs (`[B]` or numbers).
+
+    For an array of streams `[S,1]` it is `[S,B]`.
+    """
     xp = index.__array_namespace__()
     word = _mix(xp.broadcast_to(xp.asarray(seed, dtype=xp.uint32), index.shape))
-    word = _mix(word ^ xp.uint32(stream))
+    word = _mix(word ^ xp.asarray(stream, dtype=xp.uint32))
     word = _mix(word ^ xp.asarray(epoch).astype(xp.uint32))
     return _mix(word ^ index.astype(xp.uint32))
 
@@ -77,13 +80,12 @@ def crop_and_flip(images: Array, rows: Array, columns: Array, flips: Array | Non
     count, size, _, channels = images.shape
     padded = np.zeros((count, size + 2 * padding, size + 2 * padding, channels), np.uint8)
     padded[:, padding : padding + size, padding : padding + size] = images
-    cropped = np.empty(images.shape, np.uint8)
-    pixels = zip(whole_pixels(cropped), whole_pixels(padded), strict=True)
-    places = zip(rows.tolist(), columns.tolist(), (0 * rows if flips is None else flips).tolist(), strict=True)
-    for (target, source), (row, column, flip) in zip(pixels, places, strict=True):
-        window = source[row : row + size, column : column + size]
-        target[:] = window[:, ::-1] if flip else window
-    return cropped
+    windows = np.lib.stride_tricks.sliding_window_view(whole_pixels(padded), (size, size), axis=(1, 2))
+    cropped = windows[np.arange(count), rows, columns]
+    if flips is not None:
+        mirrored = np.flatnonzero(flips)
+        cropped[mirrored] = cropped[mirrored][:, :, ::-1]
+    return cropped[..., None].view(np.uint8)
 
 
 def _crop_and_flip(

@@ -9,7 +9,8 @@ from rotjax import rotation
 Draw = Callable[[int], np.ndarray]  # stream -> uint32 [B]
 Task = Callable[[np.ndarray, np.ndarray, Draw], tuple[np.ndarray, np.ndarray]]
 
-TURNS, FLIPS, ROWS, COLUMNS, CUT_ROWS, CUT_COLUMNS = range(6)  # the streams of `augmentation.draw`
+STREAMS = 6  # of `augmentation.draw`
+TURNS, FLIPS, ROWS, COLUMNS, CUT_ROWS, CUT_COLUMNS = range(STREAMS)
 
 
 def classify(images, labels, draw):
