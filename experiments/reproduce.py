@@ -13,9 +13,10 @@ from experiments import command, tables
 from experiments.outcomes import RESULTS, accuracy
 from experiments.report import say
 from experiments.rows import Run, runs, shortened
+from rotjax.data.sources import defaults
 from rotjax.errors import UsageError
 from rotjax.presets import Preset
-from rotjax.recipe import Classification
+from rotjax.recipe import NETWORK, Classification
 from rotjax.recipe_json import to_json
 from rotjax.workdirs import read_recipe, write_json
 
@@ -121,9 +122,13 @@ def carry_out(run: Run, settings: Settings) -> None:
 
 
 def done(run: Run, settings: Settings) -> bool:
-    """Whether `run` is complete and its result among the others."""
-    summary, result = settings.workdirs / run.name / "summary.json", settings.results / "runs" / f"{run.name}.json"
-    return summary.exists() and result.exists()
+    """Whether `run`, by the recipe that it has now, is complete and its result among the others."""
+    workdir, result = settings.workdirs / run.name, settings.results / "runs" / f"{run.name}.json"
+    if not ((workdir / "summary.json").exists() and result.exists()):
+        return False
+    asked, trained = run.recipe.resolved(**defaults(run.recipe.dataset)), read_recipe(workdir)
+    given = {field.name for field in dataclasses.fields(asked)} - {"classes", "pretrained", *(NETWORK if run.after else ())}
+    return all(getattr(asked, name) == getattr(trained, name) for name in given)
 
 
 def overview(asked: Sequence[Run], settings: Settings, running: Run | None = None) -> str:

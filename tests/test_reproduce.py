@@ -83,7 +83,7 @@ def test_what_a_row_starts_from_comes_before_it():
         reproduce.chosen(runs(), "1,7")
 
 
-def test_one_command_runs_what_is_missing_and_then_nothing(small, capsys):
+def test_one_command_runs_what_is_missing_and_then_nothing_but_not_a_changed_recipe(small, capsys, monkeypatch):
     reproduce.run(small)
     out = capsys.readouterr().out
     assert "2 of 2 done" in out
@@ -99,6 +99,11 @@ def test_one_command_runs_what_is_missing_and_then_nothing(small, capsys):
     before = {path: path.stat().st_mtime_ns for path in small.results.rglob("*")}
     reproduce.run(small)
     assert {path: path.stat().st_mtime_ns for path in small.results.rglob("*")} == before
+    (rotations, classes) = reproduce.runs(1, "report")
+    changed = dataclasses.replace(classes, recipe=dataclasses.replace(classes.recipe, learning_rate=0.5))
+    monkeypatch.setattr(reproduce, "runs", lambda seeds, preset: [rotations, changed])
+    with pytest.raises(UsageError, match=r"holds another run \(learning_rate 0.001 -> 0.5\)"):
+        reproduce.run(small)
 
 
 def test_what_is_left_is_shown_with_an_estimate(small, capsys):
