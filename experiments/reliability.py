@@ -115,7 +115,7 @@ def page(counts: Mapping, faults: Mapping[str, Mapping]) -> str:
         "# Reliability\n\nMade by `python -m experiments.reliability` from a run of the tests and `tests/faults.json`:\n"
         "what can go wrong with a run, what rotjax does then, and the tests whose names begin with the row's code.\n"
         "A trial is one injected fault, or one drawn input.",
-        f"{total['passed']:,} of {total['tests']:,} tests passed, {total['failed']:,} failed, {total['skipped']:,} were "
+        f"{total['passed']:,} of {total['tests']:,} tests passed, {total['failed']:,} failed, {total['skipped']:,} "
         f"skipped; {total['trials']:,} trials in {seconds:,.0f} s of tests; {_versions(counts['versions'])}.",
         table(("row", "expected", "tests", "trials", "outcome", "seconds"), shown),
         "## Rows without a test",

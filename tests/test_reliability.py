@@ -52,7 +52,7 @@ def test_the_page_hides_no_failure_and_nothing_that_was_skipped_or_not_run(xml):
         "| R1 | it did not |",
     ):
         assert line in text.splitlines()
-    assert "2 of 4 tests passed, 1 failed, 1 were skipped; 22 trials" in text
+    assert "2 of 4 tests passed, 1 failed, 1 skipped; 22 trials" in text
 
 
 def test_the_command_makes_the_page_and_makes_it_anew(xml, tmp_path):
