@@ -68,8 +68,9 @@ def _resnet18(seed: int) -> list[Run]:
 
 
 def _imagenette() -> list[Run]:
-    recipe = Rotation(dataset="imagenette", image_size=96)  # the report does not say its size
-    rotations = Run("6a", "predict the rotation of ImageNette, 96 px", recipe, published=59.72, band=(58.0, 66.0))
+    # The report says neither; 45 epochs of batches of 128 are 3,285 steps, after which it learns its training images no better.
+    recipe = Rotation(dataset="imagenette", image_size=64, batch_size=32)
+    rotations = Run("6a", "predict the rotation of ImageNette, 64 px, batch 32", recipe, published=59.72, band=(58.0, 66.0))
     what = "classify CIFAR-10, all trains, from row 6a"
     return [rotations, Run("6b", what, Classification(), rotations, published=81.97, band=(80.8, 83.2))]
 
