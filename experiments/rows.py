@@ -68,7 +68,7 @@ def _resnet18(seed: int) -> list[Run]:
 
 
 def _imagenette() -> list[Run]:
-    # The report says neither; 45 epochs of batches of 128 are 3,285 steps, after which it learns its training images no better.
+    # The report says neither. By batches of 128, 45 epochs are 3,285 steps, too few to fit even the training images.
     recipe = Rotation(dataset="imagenette", image_size=64, batch_size=32)
     rotations = Run("6a", "predict the rotation of ImageNette, 64 px, batch 32", recipe, published=59.72, band=(58.0, 66.0))
     what = "classify CIFAR-10, all trains, from row 6a"
