@@ -69,12 +69,12 @@ def plan(
     yet, must not hold another run. Raises UsageError, DataError or CheckpointError.
     """
     check(recipe)
+    if data:
+        recipe = dataclasses.replace(recipe, dataset=data.name, image_size=data.image_size)
     donor, step = None, 0
     if isinstance(recipe, Classification) and recipe.pretrained is not None:
         donor = Path(recipe.pretrained)
         recipe, step = _inherit(recipe, donor)
-    if data:
-        recipe = dataclasses.replace(recipe, dataset=data.name, image_size=data.image_size)
     recipe = recipe.resolved(**sources.defaults(recipe.dataset))
     check(recipe)
     check_batch(recipe.batch_size, data_mesh())

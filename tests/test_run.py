@@ -486,9 +486,9 @@ def test_a_recipe_in_python_with_a_name_that_is_none_is_refused(data, name, valu
 
 
 def test_a_backbone_that_has_seen_the_validation_images_is_told(pretrained, data, notes):
-    given = dict(pretrained=str(pretrained), batch_size=8, dataset="noise")
+    given = dict(pretrained=str(pretrained), batch_size=8)
     rotjax.plan(rotjax.Classification(**given), data=data)
-    rotjax.plan(rotjax.Classification(validation=0.25, **given | {"dataset": "others"}), data=data)
+    rotjax.plan(rotjax.Classification(validation=0.25, **given), data=dataclasses.replace(data, name="others"))
     assert not any("validation" in note for note in notes)
     rotjax.plan(rotjax.Classification(validation=0.25, **given), data=data)
     assert any("pretrained on the validation images too" in note for note in notes)

@@ -48,9 +48,14 @@ def _within_reach(kernel, size):
 @jax.custom_vjp
 def _same(images, kernel):
     """A convolution of stride 1 to maps of the same size; see `_same_backward` for its gradients."""
-    if max(images.shape[1:3]) <= 2 or kernel.shape[:2] == (1, 1):
+    if _is_product(images, kernel):
         return _patches(images, kernel.shape[:2]) @ kernel.reshape(-1, kernel.shape[3])
     return _by_xla(images, kernel)
+
+
+def _is_product(images, kernel):
+    """Whether the maps are so small, or the window, that one product of matrices is faster than XLA's convolution."""
+    return max(images.shape[1:3]) <= 2 or kernel.shape[:2] == (1, 1)
 
 
 def _by_xla(images, kernel):
@@ -62,7 +67,7 @@ def _same_forward(images, kernel):
 
 
 def _same_backward(saved, cotangent):
-    """Both as products with the same patches of the cotangent, where these are small.
+    """As products with the same patches of the cotangent, where the forward is a product or the cotangent has fewer maps.
 
     Else the maps' by XLA, and the kernel's from maps shifted along columns and cotangents shifted along rows, which are two
     thirds of the patches.
@@ -70,7 +75,7 @@ def _same_backward(saved, cotangent):
     images, kernel = saved
     height, width, channels, features = kernel.shape
     turned, pixels = kernel[::-1, ::-1].swapaxes(2, 3), ((0, 1, 2), (0, 1, 2))
-    if features < channels or max(images.shape[1:3]) <= 2 or (height, width) == (1, 1):
+    if _is_product(images, kernel) or features < channels:
         patches = _patches(cotangent, (height, width))
         products = jnp.tensordot(images, patches, pixels).reshape(channels, height, width, features)
         return patches @ turned.reshape(-1, channels), products.transpose(1, 2, 0, 3)[::-1, ::-1]
