@@ -9,30 +9,30 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments import figures
+from experiments import plots
 from experiments.outcomes import Outcome, subset_scores
 from experiments.rows import ROWS, SUBSETS, WHOLE
 
 Key = tuple[str, str, str]  # of an outcome: row, variant, task
 
 CURVES = {  # of Figure 1: the row of all images, label, colour
-    "frozen": ("2a", "frozen to the last block, from row 1", figures.BLUE),
-    "full": ("3a", "everything trains, from row 1", figures.VERMILLION),
-    "scratch": ("3b", "everything trains, from random weights", figures.GREY),
+    "frozen": ("2a", "frozen to the last block, from row 1", plots.BLUE),
+    "full": ("3a", "everything trains, from row 1", plots.VERMILLION),
+    "scratch": ("3b", "everything trains, from random weights", plots.GREY),
 }
 
 
 def draw(folder: Path, outcomes: Sequence[Outcome]) -> None:
     """Draws in `folder` those of FIGURES that `outcomes` have what is needed for."""
-    with matplotlib.style.context(["default", figures.STYLE]):
+    with matplotlib.style.context(["default", plots.STYLE]):
         for name, make in FIGURES.items():
             if figure := make(outcomes):
-                figures.save(figure, folder / name)
+                plots.save(figure, folder / name)
 
 
 def subset_curves(outcomes: Sequence[Outcome]) -> Figure | None:
     """Test accuracy over the number of training images, the mean and the range over draws."""
-    figure = figures.titled((7, 4), "Few labels: what pretraining by rotation is worth (row 4)")
+    figure = plots.titled((7, 4), "Few labels: what pretraining by rotation is worth (row 4)")
     axes = figure.subplots()
     for kind, (row, label, colour) in CURVES.items():
         points = {10 * count: subset_scores(outcomes, kind, row, count) for count in (*SUBSETS, WHOLE)}
@@ -53,7 +53,7 @@ def pretraining(outcomes: Sequence[Outcome]) -> Figure | None:
     """Accuracy over epochs of predicting rotations (rows 1, 5a, 5b and 6a)."""
     drawn = [one for one in outcomes if one.task == "rotation" and one.row in ROWS]
     keys = sorted({one.key for one in drawn}, key=lambda key: ROWS.index(key[0]))
-    colours = dict(zip(keys, (figures.BLUE, figures.VERMILLION, figures.GREY, figures.INK, figures.FAINT), strict=False))
+    colours = dict(zip(keys, (plots.BLUE, plots.VERMILLION, plots.GREY, plots.INK, plots.FAINT), strict=False))
     labels = {one.key: f"row {one.row}, {one.recipe['backbone']} on {one.recipe['dataset']}" for one in drawn}
     return _over_epochs("Predicting rotations", drawn, labels, colours)
 
@@ -62,7 +62,7 @@ def fine_tuning(outcomes: Sequence[Outcome]) -> Figure | None:
     """Accuracy over epochs of fine-tuning, from the rotation network (row 3a) and from random weights (row 3b)."""
     three, random = ("3a", "", "classification"), ("3b", "", "classification")
     labels = {three: "from row 1", random: "from random weights"}
-    drawn, colours = [one for one in outcomes if one.key in labels], {three: figures.VERMILLION, random: figures.GREY}
+    drawn, colours = [one for one in outcomes if one.key in labels], {three: plots.VERMILLION, random: plots.GREY}
     return _over_epochs("Fine-tuning, pretrained and not (rows 3a and 3b)", drawn, labels, colours)
 
 
@@ -95,7 +95,7 @@ def _over_epochs(
     title: str, drawn: Sequence[Outcome], labels: Mapping[Key, str], colours: Mapping[Key, str]
 ) -> Figure | None:
     """The accuracies in training and at test of each run `drawn`; those that differ in their seeds alone look alike."""
-    figure, named = figures.titled((7, 4), title), set()
+    figure, named = plots.titled((7, 4), title), set()
     axes = figure.subplots()
     for one in drawn:
         for split, line in (("test", "-"), ("train", "--")):
@@ -118,4 +118,4 @@ def _confusion(outcomes: Sequence[Outcome], row: str, what: str) -> Figure | Non
         return None
     matrix = np.sum([one.summary["confusion"] for one in summed], axis=0)
     title = f"Predicted {what} (row {row}): {np.trace(matrix) / matrix.sum():.2%} right"
-    return figures.confusion(matrix, summed[0].recipe["classes"], title, f"{len(summed)} seeds: views of test images")
+    return plots.confusion(matrix, summed[0].recipe["classes"], title, f"{len(summed)} seeds: views of test images")

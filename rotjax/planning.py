@@ -80,7 +80,7 @@ def plan(
     check_batch(recipe.batch_size, data_mesh())
     if workdir is not None:
         workdirs.check_vacant(Path(workdir), recipe)
-    backbone = _load_part(recipe, donor, step, "backbone") if donor else None
+    backbone = _load_parts(recipe, donor, step, "backbone")["backbone"] if donor else None
     if data is None:
         data = sources.load(
             recipe.dataset,
@@ -106,8 +106,8 @@ def load(workdir: str | Path) -> tuple[Classifier, dict, Recipe]:
     recipe = workdirs.read_recipe(workdir)
     step = checkpoints.latest_step(workdir / "checkpoints")
     variables: dict = {}
-    for name in ("backbone", "head"):
-        for collection, tree in _load_part(recipe, workdir, step, name).items():
+    for name, collections in _load_parts(recipe, workdir, step, "backbone", "head").items():
+        for collection, tree in collections.items():
             variables.setdefault(collection, {})[name] = tree
     return recipe.model(), variables, recipe
 
@@ -135,10 +135,9 @@ def _classes(recipe: Classification, data: Dataset) -> tuple[Classification, Dat
     return dataclasses.replace(recipe, classes=data.classes), data
 
 
-def _load_part(recipe: Recipe, workdir: Path, step: int, name: str) -> dict:
-    """The part `name` of the network of `recipe` from a checkpoint in `workdir`."""
+def _load_parts(recipe: Recipe, workdir: Path, step: int, *names: str) -> dict[str, dict]:
+    """The parts `names` of the network of `recipe` from a checkpoint in `workdir`."""
     model = (recipe if recipe.classes else dataclasses.replace(recipe, classes=("",))).model()
-    abstract = part(training.abstract_variables(model, recipe.image_size), name)
-    sharding = replicated(data_mesh())
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
-    return checkpoints.load_parts(workdir / "checkpoints", step, {name: abstract})[name]
+    variables, sharding = training.abstract_variables(model, recipe.image_size), replicated(data_mesh())
+    variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), variables)
+    return checkpoints.load_parts(workdir / "checkpoints", step, {name: part(variables, name) for name in names})

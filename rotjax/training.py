@@ -36,16 +36,19 @@ class TrainState:
     sums: dict[str, jax.Array]
 
 
-def abstract_variables(model: nn.Module, image_size: int) -> dict:
-    """Shapes and dtypes of `init_variables`, without computing any."""
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
-    return jax.eval_shape(model.init, jax.random.key(0), images)
-
-
 def init_variables(model: nn.Module, seed: int, image_size: int) -> dict:
     """`{'params', 'batch_stats'}` drawn from `seed`, compiled as one program (DenseNet121 has a thousand arrays)."""
-    images = jnp.zeros((1, image_size, image_size, 3), jnp.uint8)
-    return jax.jit(model.init)(jax.random.key(seed), images)
+    return _drawn(model, jax.random.key(seed), image_size)
+
+
+def abstract_variables(model: nn.Module, image_size: int) -> dict:
+    """Shapes and dtypes of `init_variables`, without computing any."""
+    return _drawn.eval_shape(model, jax.random.key(0), image_size)
+
+
+@partial(jax.jit, static_argnums=(0, 2))  # at the top level, so that a network is traced once for all of its variables
+def _drawn(model: nn.Module, key: jax.Array, image_size: int) -> dict:
+    return dict(model.init(key, jnp.zeros((1, image_size, image_size, 3), jnp.uint8)))
 
 
 def init_state(optimizer: optax.GradientTransformation, variables: dict, mesh: Mesh | None = None) -> TrainState:

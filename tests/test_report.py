@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import rotjax
-from experiments import figures, report
+from experiments import figures, plots, report
 from rotjax.errors import CheckpointError
 
 SUMMARY = {
@@ -83,7 +83,7 @@ def test_figures_of_a_run(runs, job):
 def test_a_figure_of_noise_stays_small(tmp_path):
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (32, 128, 128, 3), dtype=np.uint8), rng.integers(0, 4, 32)
-    figures.save(figures.predictions(images, labels, labels[::-1], "abcd", "title", "caption"), tmp_path / "noise.png")
+    plots.save(plots.predictions(images, labels, labels[::-1], "abcd", "title", "caption"), tmp_path / "noise.png")
     assert 100_000 < (tmp_path / "noise.png").stat().st_size < 300_000
 
 
@@ -91,7 +91,7 @@ def test_a_figure_of_noise_stays_small(tmp_path):
 def test_confusion_shows_names_and_counts_where_there_is_room(count):
     matrix = np.full((count, count), 3) + 1000 * np.eye(count, dtype=int)
     matrix[0] = 0  # a class without a test image
-    axes = figures.confusion(matrix, [f"class {k}" for k in range(count)], "title", "caption").axes[0]
+    axes = plots.confusion(matrix, [f"class {k}" for k in range(count)], "title", "caption").axes[0]
     texts = [text.get_text() for text in axes.texts]
     assert any("1,003" in text for text in texts) == (count <= 20)
     assert any("%" in text for text in texts) == (count == 2)
@@ -102,7 +102,7 @@ def test_curves_show_the_rows():
     keys = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
     values = [(2, 3, 0.1, 0.125), (1, 1.5, 0.2, 0.25), (0.5, 1, 0.3, 0.375)]
     rows = [{"step": 10 * epoch} | dict(zip(keys, row, strict=True)) for epoch, row in enumerate(values, 1)]
-    panels = figures.curves(rows, 10, [2], "title").axes
+    panels = plots.curves(rows, 10, [2], "title").axes
     loss, accuracy = ([np.transpose(line.get_xydata()) for line in axes.lines] for axes in panels)
     np.testing.assert_allclose(loss[:2], [[[1, 2, 3], [2, 1, 0.5]], [[1, 2, 3], [3, 1.5, 1]]])
     np.testing.assert_allclose(accuracy[:2], [[[1, 2, 3], [10, 20, 30]], [[1, 2, 3], [12.5, 25, 37.5]]])
@@ -111,16 +111,16 @@ def test_curves_show_the_rows():
 
 def test_predictions_mark_the_wrong_ones():
     images = np.zeros((3, 8, 8, 3), np.uint8)
-    figure = figures.predictions(images, np.array([0, 1, 1]), np.array([0, 1, 0]), ("cat", "dog"), "title", "caption")
+    figure = plots.predictions(images, np.array([0, 1, 1]), np.array([0, 1, 0]), ("cat", "dog"), "title", "caption")
     shown = [axes for axes in figure.axes if axes.get_visible()]
     assert [axes.get_xlabel() for axes in shown] == ["cat", "dog", "cat \N{BALLOT X}\nis dog"]
     assert [axes.spines["left"].get_visible() for axes in shown] == [False, False, True]
 
 
 def test_a_figure_that_cannot_be_written_is_a_line(tmp_path):
-    figure = figures.confusion(np.eye(2, dtype=int), "ab", "title", "caption")
+    figure = plots.confusion(np.eye(2, dtype=int), "ab", "title", "caption")
     with pytest.raises(CheckpointError, match="cannot be written"):
-        figures.save(figure, tmp_path / "missing" / "confusion.png")
+        plots.save(figure, tmp_path / "missing" / "confusion.png")
 
 
 def test_progress_is_a_table_without_a_bar_off_a_terminal(runs, capsys):

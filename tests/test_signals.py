@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import rotjax
-from experiments import command, figures
+from experiments import command, plots
 
 FLAGS = ["--dataset=digits", "--stem=cifar", "--image_size=8", "--width=4", "--max_steps=6", "--log_steps=2"]
 PHASES = {
@@ -20,7 +20,7 @@ PHASES = {
     "train": (rotjax.training, "check_finite"),
     "save": (rotjax.checkpoints, "_begin"),
     "evaluate": (rotjax.training, "evaluate"),
-    "figures": (figures, "save"),
+    "figures": (plots, "save"),
 }
 
 

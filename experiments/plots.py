@@ -1,0 +1,145 @@
+"""Plots of arrays, in one style; no display is needed."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from rotjax.errors import CheckpointError
+
+BLUE, VERMILLION, INK, GREY, FAINT = "#0072b2", "#d55e00", "#222222", "#666666", "#bbbbbb"  # Okabe and Ito's, and greys
+STYLE = {
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.h_pad": 0.06,
+    "figure.titlesize": 11,
+    "figure.titleweight": "bold",
+    "font.size": 9.5,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 1,
+}
+
+
+def curves(rows: Sequence[dict], epoch_steps: int, falls: Sequence[int], title: str, tested: str = "test") -> Figure:
+    """Loss and accuracy over epochs of the epochs' `rows` of metrics.jsonl; the learning rate falls after epochs `falls`.
+
+    The line of what was `tested` on is called so.
+    """
+    epochs = np.array([row["step"] for row in rows]) / epoch_steps
+    marker = "o" if len(rows) <= 25 else ""
+    figure = titled((8, 3.2), title)
+    panels = zip(figure.subplots(1, 2), ("loss", "accuracy"), ("Loss", "Accuracy in %"), (1, 100), strict=True)
+    for axes, key, name, unit in panels:
+        for split, colour, line in (("train", BLUE, "--"), ("test", VERMILLION, "-")):
+            values = unit * np.array([row[f"{split}_{key}"] for row in rows])
+            last = f"{tested if split == 'test' else split}, {values[-1]:.2f} at the end"
+            axes.plot(epochs, values, line, color=colour, marker=marker, markersize=3.5, label=last)
+        for number, fall in enumerate(falls):
+            label = "learning rate / 10" if number == 0 and key == "loss" else None
+            axes.axvline(fall, color=FAINT, linestyle=":", zorder=0, label=label)
+        axes.set(title=name, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.legend()
+    return figure
+
+
+def predictions(
+    images: np.ndarray, true: np.ndarray, predicted: np.ndarray, classes: Sequence[str], title: str, caption: str
+) -> Figure:
+    """`images` u8 `[N,H,H,3]`, eight to a row, each with what was predicted; the wrong ones framed, with what is true."""
+    lines = max(-(-len(images) // 8), 1)
+    figure = titled((8, 1.32 * lines + 0.6), title, caption, dpi=100)  # photographs do not compress: below 300 kB as it is
+    grid = figure.subplots(lines, 8, squeeze=False).flat
+    for axes in grid[len(images) :]:
+        axes.set_visible(False)
+    for axes, image, truth, guess in zip(grid, images, true, predicted, strict=False):
+        wrong = bool(truth != guess)
+        axes.imshow(image)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(visible=wrong, color=VERMILLION, linewidth=3)
+        said, so = short(classes[int(guess)]), short(classes[int(truth)])
+        text = f"{said} \N{BALLOT X}\nis {so}" if wrong else said
+        axes.set_xlabel(text, fontsize=8, color=VERMILLION if wrong else INK)
+    return figure
+
+
+def confusion(matrix: np.ndarray, classes: Sequence[str], title: str, caption: str) -> Figure:
+    """Counts `[true, predicted]`, shaded by their share of what is truly that class."""
+    count, names = len(classes), [short(name) for name in classes]
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    figure = titled((4.4, 4.6) if count <= 5 else (6.6, 6.6) if count <= 20 else (7.4, 6.6), title, caption)
+    axes = figure.subplots()
+    shades = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set(xlabel="predicted", ylabel="true")
+    if count <= 20:
+        for row, column in np.argwhere(matrix):
+            share = f"{shares[row, column]:.1%}\n" if count <= 5 else ""
+            colour = "white" if shares[row, column] > 0.55 else INK
+            text = f"{share}{matrix[row, column]:,}"
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9.5 if count <= 12 else 7)
+    else:
+        figure.colorbar(shades, label="share of the true class", shrink=0.7)
+    if count <= 50:
+        size = 9.5 if count <= 20 else 6
+        axes.set_xticks(range(count), names, fontsize=size)
+        axes.set_yticks(range(count), names, fontsize=size)
+        if count * max(map(len, names)) > 50:
+            for label in axes.get_xticklabels():
+                label.set(rotation=45, horizontalalignment="right", rotation_mode="anchor")
+    return figure
+
+
+def filters(before: np.ndarray, after: np.ndarray, title: str) -> Figure:
+    """Kernels `[h,w,3,N]` as images, each stretched from black to white."""
+    figure = titled((8, 4.4), title)
+    for axes, kernels, name in zip(figure.subplots(1, 2), (before, after), ("before", "after"), strict=True):
+        low, high = kernels.min((0, 1, 2)), kernels.max((0, 1, 2))
+        tiles = np.pad((kernels - low) / np.maximum(high - low, 1e-12), ((0, 1), (0, 1), (0, 0), (0, 0)), constant_values=1)
+        tiles = np.moveaxis(tiles, -1, 0)
+        rows = [np.concatenate(list(tiles[at : at + 8]), axis=1) for at in range(0, len(tiles) - len(tiles) % 8, 8)]
+        axes.imshow(np.concatenate(rows or [np.concatenate(list(tiles), axis=1)]))
+        axes.set(title=name, xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes `figure` as a PNG of at most 256 colours, all of it or nothing; raises CheckpointError where it cannot."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    partial = path.with_name(path.name + ".partial")
+    try:
+        Image.open(drawn).convert("RGB").quantize(256).save(partial, format="png", optimize=True)
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written ({error.strerror}); the same command draws it again") from error
+
+
+def titled(size: tuple[float, float], title: str, caption: str = "", dpi: int = 120) -> Figure:
+    figure = Figure(figsize=size, dpi=dpi)
+    figure.suptitle(title, x=0.01, ha="left")
+    if caption:
+        figure.supxlabel(caption, x=0.01, ha="left", color=GREY, fontsize=8.5)
+    return figure
+
+
+def short(name: str, limit: int = 16) -> str:
+    name = name.encode(errors="replace").decode()  # folders may have names that are not text
+    return name if len(name) <= limit else name[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
