@@ -1,4 +1,4 @@
-"""Commands: `python -m experiments.rotation`, `classification`, `prepare`."""
+"""The commands, `python -m experiments.rotation` and so on; what is here runs before any of them is imported."""
 
 import os
 import signal

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import rotjax
 from experiments import figures, report
-from rotjax import feed, parallel, presets
+from rotjax import checkpoints, feed, parallel, presets
 from rotjax.data.sources import DEFAULTS
 from rotjax.errors import DesertedError, RotjaxError, Stopped, UsageError
 from rotjax.feed import Where
@@ -128,6 +128,7 @@ def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
 
 def guarded(job) -> int:
     """Runs `job`; an error of ours, or a signal where nothing is to be saved yet, becomes one line and its exit code."""
+    checkpoints.quiet()
     for kind in ENDING:
         if signal.getsignal(kind) != signal.SIG_IGN:
             signal.signal(kind, _interrupt)
@@ -234,7 +235,7 @@ def _say_once(words: str, line: str) -> None:
 def warn_of_idle_gpu() -> None:
     """Says which extra to install where an NVIDIA GPU is there and JAX runs on the CPU."""
     if shutil.which("nvidia-smi") and jax.default_backend() == "cpu":
-        log.warning("an NVIDIA GPU is here but JAX runs on the CPU; install rotjax[cuda12]")
+        log.warning("an NVIDIA GPU is here but JAX runs on the CPU; install jax[cuda12]")
 
 
 logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)

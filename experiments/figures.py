@@ -65,7 +65,8 @@ class _Run:
         """Each image of `data`, for rotations on a turn that `epoch` decides, its label, and the network's probabilities."""
         recipe = self.plan.recipe
         task = tasks.random_turn if recipe.job == "rotation" else tasks.classify
-        batches = rotjax.test_batches(data, task, recipe.batch_size, seed=recipe.seed, epoch=epoch)
+        everything = slice(None)  # in each of several processes, which draw the same
+        batches = rotjax.test_batches(data, task, recipe.batch_size, seed=recipe.seed, epoch=epoch, share=everything)
         with closing(rotjax.read(batches)) as reader:
             for batch in reader:
                 given = np.asarray(self.probabilities(batch["image"]))

@@ -76,10 +76,11 @@ def run(settings: Settings) -> None:
     if settings.list:
         say(overview(asked, settings))
         return
-    for this in asked:
-        if not done(this, settings):
-            say(f"\n{overview(asked, settings, this)}\n")
-            carry_out(this, settings)
+    left = [this for this in asked if not done(this, settings)]
+    check_prepared(left, settings.data_dir)
+    for this in left:
+        say(f"\n{overview(asked, settings, this)}\n")
+        carry_out(this, settings)
     say(f"\n{overview(asked, settings)}")
     say(f"\n{settings.results / 'README.md'}")
 
@@ -94,6 +95,16 @@ def chosen(every: Sequence[Run], only: str) -> list[Run]:
     asked = [run for run in every if not words or run.row in words or run.name in words]
     needed = [run.after for run in asked if run.after]
     return [run for run in every if run in asked or run in needed]
+
+
+def check_prepared(left: Sequence[Run], data_dir: Path | None) -> None:
+    """Raises DataError where a run of those `left` lacks its data set, before hours go into the others."""
+    from rotjax.data import catalogue
+
+    for run in left:
+        recipe = run.recipe.resolved(**defaults(run.recipe.dataset))
+        if recipe.dataset != "digits":
+            catalogue.newest(catalogue.qualified(recipe.dataset, recipe.image_size), catalogue.home(data_dir))
 
 
 def carry_out(run: Run, settings: Settings) -> None:

@@ -23,7 +23,6 @@ from rotjax.training import TrainState
 from rotjax.transfer import part
 
 log = logging.getLogger(__name__)
-logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.CRITICAL)  # Orbax and TFDS narrate
 
 KEEP = 2  # so that a sound one is there while the newest is written
 
@@ -202,14 +201,21 @@ def _room(directory: Path, size: int) -> str:
     return "it is gone"
 
 
-def _say(unraisable, say=sys.unraisablehook) -> None:
+def quiet() -> None:
+    """Keeps out of this process's stderr what Orbax and TFDS narrate, for a program that says by itself what counts."""
+    logging.getLogger("absl").addFilter(_critical)
+    sys.unraisablehook = _unraisable
+
+
+def _critical(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.CRITICAL
+
+
+def _unraisable(unraisable) -> None:
     """Leaves out what TensorStore's threads say once Orbax, after a failure that we report, closed the loop they call."""
     trace = unraisable.exc_traceback
     if trace is None or trace.tb_frame.f_code.co_name != "call_soon_threadsafe":
-        say(unraisable)
-
-
-sys.unraisablehook = _say
+        sys.__unraisablehook__(unraisable)
 
 
 def _absolute(path: Path) -> str:

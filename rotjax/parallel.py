@@ -27,12 +27,17 @@ def data_mesh(devices: Sequence | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(_automatic(mesh), PartitionSpec())
 
 
 def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """That axis shared out among the devices."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+    """That axis shared out among the devices, by however many axes `mesh` arranges them."""
+    return NamedSharding(_automatic(mesh), PartitionSpec(*[None] * axis, mesh.axis_names))
+
+
+def _automatic(mesh: Mesh) -> Mesh:
+    """`mesh` with its shardings left to the compiler: those of `jax.make_mesh` want one said for every operation."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:
@@ -78,7 +83,7 @@ def check_devices() -> None:
         said = " ".join(str(error).split())[:100] or "it sees none"
         asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
         raise UsageError(
-            f"JAX finds no device for {asked} ({said}); install rotjax[cuda12] or [tpu], or unset it"
+            f"JAX finds no device for {asked} ({said}); install jax[cuda12] or jax[tpu], or unset it"
         ) from error
 
 

@@ -116,6 +116,8 @@ def _inherit(recipe: Classification, donor: Path) -> tuple[Classification, int]:
     """The recipe with the network of the run in `donor`, which it names by run and step, and that step."""
     source = workdirs.read_recipe(donor)
     step = checkpoints.latest_step(donor / "checkpoints")
+    if not (donor / "summary.json").exists():
+        log.warning(f"{donor} is not finished: taken from it is the backbone of step {step}")
     inherited = {name: getattr(source, name) for name in NETWORK}
     for name, value in inherited.items():
         if getattr(recipe, name) not in (None, value):

@@ -46,9 +46,9 @@ def train(
 
     Of several processes, which all call this, one writes; where they stop or save they agree every `log_steps` batches.
     For the last three see `feed.choose`. Leaves `recipe.json`, `checkpoints/`, `metrics.jsonl` and, at the end,
-    `summary.json`. Raises Stopped once SIGTERM or SIGINT came and the state is saved, UsageError for a workdir of another
-    recipe or processes that differ, InUseError where another process is at work, NonFiniteError, CheckpointError,
-    FellowError where another process of this run failed.
+    `summary.json`. Raises Stopped once SIGTERM or SIGINT came and the state is saved (a second one ends the process at
+    once), UsageError for a workdir of another recipe or processes that differ, InUseError where another process is at work,
+    NonFiniteError, CheckpointError, FellowError where another process of this run failed.
     """
     began, workdir, recipe, mesh = time.perf_counter(), Path(workdir), plan.recipe, data_mesh()
     feed = feeds.choose(plan, augment, steps_per_dispatch, threads)
@@ -222,8 +222,8 @@ def _task(recipe: Recipe) -> tasks.Task:
 
 def train_stream(plan: Plan, feed: Feed, mesh: Mesh, task: tasks.Task) -> Stream:
     """The batches that `plan` trains on."""
-    recipe, data, share = plan.recipe, plan.data.train, parallel.share(plan.recipe.batch_size, mesh)
-    picks = batches.train_picks(len(data["label"]), recipe.batch_size, plan.steps, seed=recipe.seed, share=share)
+    recipe, data = plan.recipe, plan.data.train
+    picks = batches.train_picks(len(data["label"]), recipe.batch_size, plan.steps, seed=recipe.seed)
     view = partial(train_view, task=task, flip=recipe.flip, cutout=recipe.cutout)
     return feed.stream(picks, view, feed.put(data, mesh))
 

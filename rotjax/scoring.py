@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import cache, partial
 
-from rotjax import parallel, training
+from rotjax import training
 from rotjax.data import batches, tasks
 from rotjax.data.augmentation import test_view
 from rotjax.feed import Feed
@@ -26,11 +26,10 @@ def scorer(plan: Plan, model: Classifier, feed: Feed, until: Callable[[Iterable]
     recipe, mesh = plan.recipe, data_mesh()
     data, step = feed.put(plan.data.test, mesh), cache(partial(training.eval_step, model, mesh))
     view = cache(lambda task: partial(test_view, task=task))
-    share = parallel.share(recipe.batch_size, mesh)
 
     def score(variables: dict, task: tasks.Task, epoch: int) -> dict:
         count = len(plan.data.test["label"])
-        picks = batches.test_picks(count, recipe.batch_size, seed=recipe.seed, epoch=epoch, share=share)
+        picks = batches.test_picks(count, recipe.batch_size, seed=recipe.seed, epoch=epoch)
         stream = feed.stream(picks, view(task), data)
         with closing(batches.read(stream.elements)) as reader:
             placed = training.place(until(reader), mesh)

@@ -148,7 +148,10 @@ def eval_step(model: nn.Module, mesh: Mesh | None = None, make: Make = sent) -> 
 
 
 def place(batches: Iterable[dict], mesh: Mesh | None = None, *, axis: int = 0) -> Iterator[dict[str, jax.Array]]:
-    """Batches on the devices of `mesh`, each device its share along `axis`; of several processes each gives its own."""
+    """Batches on the devices of `mesh`, each device its share along `axis`.
+
+    Of several processes each gives what its own devices get, as `train_batches` does, and not the whole batch.
+    """
     put = partial(jax.make_array_from_process_local_data, split(mesh or data_mesh(), axis))
     for batch in batches:
         yield jax.tree.map(put, batch)

@@ -57,7 +57,7 @@ def check_vacant(workdir: Path, recipe: Recipe) -> None:
         asked = dataclasses.replace(recipe, classes=recipe.classes or saved.classes)
         if saved != asked:
             raise UsageError(f"{workdir} holds another run ({differences(saved, asked)}); name another workdir")
-    elif set(names) - {".lock"}:
+    elif set(names) - {".lock", "recipe.json.partial"}:
         raise UsageError(f"{workdir} is not empty and holds no run; name another workdir")
 
 

@@ -189,6 +189,20 @@ def test_a_batch_that_does_not_fit_is_refused(images, size):
         batches.train_batches(images, tasks.classify, size, 1, seed=0)
 
 
+@pytest.mark.parametrize("make", [partial(batches.train_batches, steps=1, seed=0), batches.test_batches])
+def test_pixels_that_are_not_uint8_are_refused(images, make):
+    with pytest.raises(TypeError, match="images are float32; give uint8 pixels"):
+        make(images | {"image": images["image"] / np.float32(255)}, tasks.random_turn, 8)
+
+
+@pytest.mark.parametrize("make", [partial(batches.train_batches, steps=1, seed=0), batches.test_batches])
+def test_rotations_need_no_labels(images, make):
+    known, found = (make(data, tasks.random_turn, 8)[0] for data in (images, {"image": images["image"]}))
+    assert known.keys() == found.keys()
+    for name, values in known.items():
+        np.testing.assert_array_equal(values, found[name])
+
+
 def test_subsets_are_stratified_seeded_and_nested(images):
     five, ten = (sources.subset(images["label"], k, seed=1) for k in (5, 10))
     np.testing.assert_array_equal(np.bincount(images["label"][ten]), [10, 10, 10])

@@ -284,7 +284,7 @@ def test_P6_a_device_that_is_not_there_is_refused(tmp_path):
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == "" and list(tmp_path.iterdir()) == []
     assert len(done.stderr.splitlines()) == 1 and len(done.stderr) < 300
-    assert "JAX finds no device for JAX_PLATFORMS=abacus (Unable to" in done.stderr and "rotjax[cuda12]" in done.stderr
+    assert "JAX finds no device for JAX_PLATFORMS=abacus (Unable to" in done.stderr and "jax[cuda12]" in done.stderr
 
 
 def test_P6_a_gpu_that_jax_does_not_see_is_refused(monkeypatch):

@@ -40,18 +40,17 @@ def plan():
 def first_step(folder):
     """Leaves what this process read, and what the step made of all that was read."""
     data, mesh, model = arrays(64), parallel.data_mesh(), rotjax.create("resnet18", 4, "cifar", width=4)
-    share = parallel.share(32, mesh)
-    batch = rotjax.train_batches(data, rotjax.random_turn, 32, 2, seed=0, share=share)[1]
-    seen = rotjax.train_batches(data, rotjax.classify, 32, 2, seed=0, share=share)
+    batch = rotjax.train_batches(data, rotjax.random_turn, 32, 2, seed=0)[1]
+    seen = rotjax.train_batches(data, rotjax.classify, 32, 2, seed=0)
     optimizer = optax.sgd(1.0)  # what a step takes off the parameters is their gradient
     state = rotjax.init_state(optimizer, rotjax.init_variables(model, 0, 8))
     before = jax.tree.map(np.array, state.variables["params"])
     state, metrics = rotjax.train_step(model, optimizer)(state, *rotjax.place([batch]))
     gradients = jax.tree.map(lambda a, b: a - np.asarray(b), before, state.variables["params"])
-    tests = rotjax.test_batches(data, rotjax.all_turns, 24, share=parallel.share(24, mesh))
+    tests = rotjax.test_batches(data, rotjax.all_turns, 24)
     scores = rotjax.evaluate(rotjax.eval_step(model), state.variables, rotjax.place(rotjax.read(tests)))
     feed, view = Feed("device", 1, 0), partial(train_view, task=rotjax.random_turn, flip=True)
-    stream = feed.stream(train_picks(64, 32, 2, seed=0, share=share), view, feed.put(data, mesh))
+    stream = feed.stream(train_picks(64, 32, 2, seed=0), view, feed.put(data, mesh))
     made = jax.jit(stream.make)(stream.data, *rotjax.place([stream.elements[1]]))["image"].addressable_data(0)
     found = {"loss": metrics["loss"], "gradient": gradients, "statistic": state.variables["batch_stats"]}
     found |= {"label": np.concatenate([seen[t]["label"] for t in range(2)]), "pixels": batch["image"], "made": made}

@@ -53,7 +53,8 @@ def made(mesh):
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, found), known)
     return found["image"].addressable_shards[0].data.shape[0]
 
-meshes = [data_mesh(jax.devices()[:count]) for count in (1, 2, 4)]
+one, two, four = (jax.devices()[:count] for count in (1, 2, 4))
+meshes = [data_mesh(one), jax.make_mesh((2,), ("batch",), devices=two), data_mesh(four)]  # the second the caller's own
 first = [trained(mesh, 1.0, 1)[1] for mesh in meshes]
 fifth = [trained(mesh, 0.01, 5)[1] for mesh in meshes]
 moved = []

@@ -106,7 +106,9 @@ def test_images_without_classes(folder, notes):
     assert notes[-1] == "18 images to train on, 2 to test on, a tenth held out by file name whatever the seed; no classes"
 
 
-@pytest.mark.parametrize("train, test", [("train", "test"), ("train", "val"), ("train", "validation"), ("Train", "TEST")])
+@pytest.mark.parametrize(
+    "train, test", [("train", "test"), ("train", "val"), ("train", "validation"), ("train", "valid"), ("Train", "TEST")]
+)
 @pytest.mark.parametrize("classes", [("cats", "dogs"), ("",)])
 def test_folders_of_the_split(folder, train, test, classes, notes):
     paint_classes(folder / train, 3, classes)
@@ -145,6 +147,15 @@ def test_images_beside_class_folders(folder, notes):
     assert 255 not in shades(data.train) + shades(data.test)
     assert f"7 images beside the class folders of {folder} are left out: loose0.png, loose1.png" in notes[0]
     assert notes[0].endswith("loose4.png and 2 more")
+
+
+def test_images_beside_fewer_in_class_folders_are_taken_without_classes(folder, notes):
+    paint_classes(folder, 2)
+    for number in range(20):
+        paint(folder / f"loose{number}.png", 255)
+    data = load(folder, SIZE)
+    assert data.classes == () and len(data.train["label"]) + len(data.test["label"]) == 24
+    assert notes[0] == f"{folder} has 20 images beside its folders and 4 in them: its images are taken without classes"
 
 
 def test_links(folder, tmp_path):

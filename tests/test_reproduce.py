@@ -9,7 +9,7 @@ import pytest
 from experiments import outcomes, reproduce, tables
 from experiments.rows import ROWS, STRONG, Run, runs, shortened
 from rotjax import optim
-from rotjax.errors import UsageError
+from rotjax.errors import DataError, UsageError
 from rotjax.recipe import Classification, Rotation
 
 SMALL = dict(dataset="digits", stem="cifar", image_size=8, width=4, batch_size=64, max_steps=3)
@@ -104,6 +104,15 @@ def test_one_command_runs_what_is_missing_and_then_nothing_but_not_a_changed_rec
     monkeypatch.setattr(reproduce, "runs", lambda seeds, preset: [rotations, changed])
     with pytest.raises(UsageError, match=r"holds another run \(learning_rate 0.001 -> 0.5\)"):
         reproduce.run(small)
+
+
+def test_data_that_a_later_run_lacks_is_told_before_the_first_begins(small, monkeypatch, tmp_path):
+    first, _ = reproduce.runs(1, "report")
+    both = [first, Run("6a", "rotations", Rotation(**SMALL | {"dataset": "imagenette"}))]
+    monkeypatch.setattr(reproduce, "runs", lambda seeds, preset: both)
+    with pytest.raises(DataError, match="imagenette/160px-v2 is not prepared in .*experiments.prepare imagenette"):
+        reproduce.run(dataclasses.replace(small, data_dir=tmp_path))
+    assert not small.workdirs.exists() and not small.results.exists()
 
 
 def test_what_is_left_is_shown_with_an_estimate(small, capsys):

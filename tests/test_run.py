@@ -485,6 +485,15 @@ def test_a_recipe_in_python_with_a_name_that_is_none_is_refused(data, name, valu
         rotjax.plan(rotjax.Rotation(**(SMALL | {name: value})), data=data)
 
 
+def test_a_backbone_of_a_run_that_is_not_finished_is_told(pretrained, data, notes, tmp_path):
+    shutil.copytree(pretrained, tmp_path / "run")
+    rotjax.plan(rotjax.Classification(pretrained=str(tmp_path / "run"), batch_size=8), data=data)
+    assert not any("not finished" in note for note in notes)
+    (tmp_path / "run" / "summary.json").unlink()
+    rotjax.plan(rotjax.Classification(pretrained=str(tmp_path / "run"), batch_size=8), data=data)
+    assert f"{tmp_path / 'run'} is not finished: taken from it is the backbone of step 12" in notes
+
+
 def test_a_backbone_that_has_seen_the_validation_images_is_told(pretrained, data, notes):
     given = dict(pretrained=str(pretrained), batch_size=8)
     rotjax.plan(rotjax.Classification(**given), data=data)

@@ -6,11 +6,11 @@ from functools import lru_cache, partial
 import grain
 import numpy as np
 
+from rotjax import parallel
 from rotjax.data import tasks
 from rotjax.data.augmentation import test_view, train_view
 from rotjax.errors import UsageError
 
-EVERYTHING = slice(None)
 Arrays = dict[str, np.ndarray]  # 'image' u8 [N,H,H,3], 'label' i32 [N]; evaluation batches have 'weight' f32 [B] too
 Batches = grain.MapDataset[Arrays]
 
@@ -24,20 +24,25 @@ def train_batches(
     seed: int,
     flip: bool = True,
     cutout: float = 0.0,
-    share: slice = EVERYTHING,
+    share: slice | None = None,
 ) -> Batches:
-    """Batch `t` of `steps`: the `train_view` of the images that `train_picks` names."""
-    picks = train_picks(len(data["label"]), batch_size, steps, seed=seed, share=share)
+    """Batch `t` of `steps`: the `train_view` of the images that `train_picks` names.
+
+    Images may come without labels. Raises TypeError for pixels that are not uint8, and as `train_picks`.
+    """
+    picks = train_picks(len(data["image"]), batch_size, steps, seed=seed, share=share)
     return viewed(data, picks, partial(train_view, task=task, flip=flip, cutout=cutout))
 
 
-def train_picks(count: int, batch_size: int, steps: int, *, seed: int, share: slice = EVERYTHING) -> Batches:
+def train_picks(count: int, batch_size: int, steps: int, *, seed: int, share: slice | None = None) -> Batches:
     """The picks of `train_view`: which of `count` images go into batch `t` of `steps`.
 
     Images come in a new order on every pass (epoch) over the data, and batches straddle passes. `share` is what of each
-    batch is wanted here. Raises UsageError where a batch is larger than the data.
+    batch is wanted here, by default this process's: what it has to `place`. Raises UsageError where a batch is larger than
+    the data.
     """
     check_fits(batch_size, count)
+    share = _own(batch_size) if share is None else share
     order = lru_cache(maxsize=2)(partial(_order, seed, count))
 
     def pick(step: int) -> Arrays:
@@ -55,15 +60,19 @@ def check_fits(batch_size: int, count: int) -> None:
 
 
 def test_batches(
-    data: Arrays, task: tasks.Task, batch_size: int, *, seed: int = 0, epoch: int = 0, share: slice = EVERYTHING
+    data: Arrays, task: tasks.Task, batch_size: int, *, seed: int = 0, epoch: int = 0, share: slice | None = None
 ) -> Batches:
-    """Every image once, in order, as it is, given to the task; the last batch is padded with images of weight 0."""
-    picks = test_picks(len(data["label"]), batch_size, seed=seed, epoch=epoch, share=share)
+    """Every image once, in order, as it is, given to the task; the last batch is padded with images of weight 0.
+
+    Images may come without labels. Raises TypeError for pixels that are not uint8.
+    """
+    picks = test_picks(len(data["image"]), batch_size, seed=seed, epoch=epoch, share=share)
     return viewed(data, picks, partial(test_view, task=task))
 
 
-def test_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: slice = EVERYTHING) -> Batches:
+def test_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: slice | None = None) -> Batches:
     """The picks of `test_view`: each of `count` images once, in order; the last batch is padded with ones of `weight` 0."""
+    share = _own(batch_size) if share is None else share
 
     def pick(number: int) -> Arrays:
         index = np.arange(number * batch_size, (number + 1) * batch_size)[share]
@@ -74,14 +83,25 @@ def test_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: sli
 
 
 def viewed(data: Arrays, picks: Batches, view: Callable[[Arrays, Arrays], Arrays]) -> Batches:
-    """The batches `view(data, pick)`."""
-    return picks.map(partial(view, data))
+    """The batches `view(data, pick)`; raises TypeError for pixels that are not uint8."""
+    if data["image"].dtype != np.uint8:
+        raise TypeError(f"images are {data['image'].dtype}; give uint8 pixels, 0 to 255: the network normalises by itself")
+    return picks.map(partial(view, data if "label" in data else data | {"label": unlabelled(len(data["image"]))}))
+
+
+def unlabelled(count: int) -> np.ndarray:
+    """Labels of images that have none."""
+    return np.full(count, -1, np.int32)
 
 
 def read(batches: Batches, *, start: int = 0, threads: int = 0, ahead: int = 2) -> grain.DatasetIterator[Arrays]:
     """Iterates from batch `start`; `threads` read `ahead`, none where the host computes the steps too. Close it."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads) if threads else 0)
     return iter(batches[start:].to_iter_dataset(options))
+
+
+def _own(batch_size: int) -> slice:
+    return parallel.share(batch_size, parallel.data_mesh())
 
 
 def _pick(seed: int, epoch: np.ndarray, index: np.ndarray) -> Arrays:

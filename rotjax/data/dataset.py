@@ -32,7 +32,7 @@ class Dataset:
             if not len(image) or label.shape != (len(image),) or not np.issubdtype(label.dtype, np.integer):
                 labels = f"{label.dtype}{list(label.shape)}"
                 raise DataError(f"{where} are {len(image)}, their labels {labels}; give at least one, and one label each")
-            bad = np.flatnonzero((label < (0 if self.classes else -1)) | (label >= max(len(self.classes), 0)))
+            bad = np.flatnonzero((label < (0 if self.classes else -1)) | (label >= len(self.classes)))
             if len(bad):
                 raise DataError(f"{where}: label {label[bad[0]]} of image {bad[0]} is none of {len(self.classes)} classes")
 

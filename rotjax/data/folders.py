@@ -14,7 +14,7 @@ from PIL import Image
 
 from rotjax.errors import DataError
 
-TRAIN, TESTS = "train", ("test", "validation", "val")  # of several the first is tested on
+TRAIN, TESTS = "train", ("test", "validation", "valid", "val")  # of several the first is tested on
 MOST = 5  # names in a line
 UNDRAWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow opens but leaves to other programs to draw
 UNOPENED = {".heic", ".heif"}  # photographs all the same: better counted as unreadable than passed over
@@ -64,12 +64,16 @@ def _classes(folder: Path, root: Path) -> tuple[tuple[str, ...], list[Photograph
     others = Counter(_suffix(file) for file in chain(beside, *below.values()) if _suffix(file) not in _suffixes())
     strange = few(f"{count:,} {shown(suffix) or 'without'}" for suffix, count in others.most_common())
     beside, *images = ([file for file in files if _suffix(file) in _suffixes()] for files in (beside, *below.values()))
+    within = sum(map(len, images))
+    if 0 < within < len(beside):
+        unclassed(f"{shown(root)} has {len(beside):,} images beside its folders and {within:,} in them")
+        beside, images = sorted(chain(beside, *images)), []
     tops = list(below) if any(images) else []
     if not tops and not beside:
         raise DataError(f"{shown(root)} holds no images ({strange or 'no files'}); name a folder of images")
     if tops and beside:
         names = few(shown(file.name) for file in beside)
-        log.info(f"{len(beside):,} images beside the class folders of {shown(root)} are left out: {names}")
+        log.warning(f"{len(beside):,} images beside the class folders of {shown(root)} are left out: {names}")
     if strange:
         log.info(f"left out of {shown(root)}, no images by their suffix: {strange}")
     labelled = enumerate(images) if tops else [(-1, beside)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from rotjax.data.batches import Arrays, check_fits
+from rotjax.data.batches import Arrays, check_fits, unlabelled
 from rotjax.data.dataset import Dataset
 from rotjax.data.decoded import Record, decoded, fingerprint, listing
 from rotjax.data.folders import MOST, Photograph, few, formats, found, shown, unclassed
@@ -26,10 +26,11 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
     """The middle squares of the images in `folder`, as `[N,image_size,image_size,3]`.
 
     Each subfolder is a class, with the images anywhere below it; images without subfolders have no classes. Where folders
-    `train` and `test` (or `validation`, `val`) hold such folders or images, they are the split; else a tenth of each class
-    is held out, chosen by file name and by nothing else, so that no two runs disagree on it. `progress` wraps the names
-    of the files while they are decoded, once: see `decoded`. The split and everything left out are logged, and so is a set
-    that has no classes after all: one of them has no image, or training and test set differ in them.
+    `train` and `test` (or `validation`, `valid`, `val`) hold such folders or images, they are the split; else a tenth of
+    each class is held out, chosen by file name and by nothing else, so that no two runs disagree on it. `progress` wraps
+    the names of the files while they are decoded, once: see `decoded`. The split and everything left out are logged, and
+    so is a set that has no classes after all: one of them has no image, training and test set differ in them, or most
+    images lie beside them.
     Raises DataError where the training or the test set has no image, UsageError where there are fewer files to train on
     than a batch has images.
     """
@@ -57,7 +58,7 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
     train, test = ({key: value[rows] for key, value in arrays.items()} for rows in (slice(border), slice(border, None)))
     classes = _checked(folder, classes, train, test, held_out)
     if not classes:
-        train, test = ({**part, "label": np.full_like(part["label"], -1)} for part in (train, test))
+        train, test = ({**part, "label": unlabelled(len(part["image"]))} for part in (train, test))
     return Dataset(folder.resolve().name, classes, train, test)
 
 
@@ -120,7 +121,8 @@ def _pixels(folder: Path, image_size: int, name: str) -> np.ndarray | str:
 
 def _ahead(function: Callable, items: Iterable) -> Iterator:
     """`function` of each item, in order, computed by as many threads as there are cores and never far ahead."""
-    threads = os.cpu_count() or 1
+    scheduled = getattr(os, "sched_getaffinity", None)  # of a cluster's node a job may have a few cores only
+    threads = len(scheduled(0)) if scheduled else os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque()
         for item in items:

@@ -5,6 +5,8 @@ XLA computes both well on accelerators. On CPUs its convolution collapses where 
 gradient of a kernel, for which it turns both maps around. `python -m experiments.benchmark` measures what is left.
 """
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ def convolve(
     images: jax.Array,
     kernel: jax.Array,
     window_strides: tuple[int, int],
-    padding: tuple[tuple[int, int], tuple[int, int]],
+    padding: Sequence[tuple[int, int]],
     **options,
 ) -> jax.Array:
     """`lax.conv_general_dilated` of `[B,H,W,C]` with an HWIO kernel, for `nn.Conv(conv_general_dilated=...)`.
@@ -26,6 +28,7 @@ def convolve(
     if jax.default_backend() != "cpu":
         return lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
     kernel = _within_reach(kernel, images.shape[1:3])
+    padding = tuple((width // 2, width // 2) for width in kernel.shape[:2])
     if kernel.shape[:2] == (1, 1):
         return _same(images[:, :: window_strides[0], :: window_strides[1]], kernel)
     if window_strides == (1, 1) and kernel.shape[3] <= kernel.shape[2]:
