@@ -9,6 +9,7 @@ from typing import Any
 
 from experiments.rows import ROWS, STRONG, WHOLE
 
+PROBES = ("linear", "neighbors")  # what `experiments.probe` puts on top of features
 CLONE = Path(__file__).parent / "results"
 RESULTS = CLONE if CLONE.is_dir() else Path("results")  # which an installed package comes without
 
@@ -62,6 +63,11 @@ def controls(folder: Path) -> dict[str, float]:
     """Test accuracy in % of each run that PyTorch has trained too, by name."""
     paths = sorted((folder / "controls").glob("*.json"))
     return {path.stem: accuracy(json.loads(path.read_text())["summary"]) for path in paths}
+
+
+def probes(folder: Path) -> list[dict[str, Any]]:
+    """What `experiments.probe` left of each run, by name."""
+    return [json.loads(path.read_text()) for path in sorted((folder / "probes").glob("*.json"))]
 
 
 def accuracy(summary: dict) -> float:

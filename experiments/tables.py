@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from experiments import command, comparison
-from experiments.outcomes import RESULTS, Outcome, controls, load, mean, subset_scores
+from experiments.outcomes import PROBES, RESULTS, Outcome, controls, load, mean, probes, subset_scores
 from experiments.report import say
 from experiments.rows import ROWS, STRONG, SUBSETS, WHOLE, Run, runs
 
@@ -19,7 +19,7 @@ def main() -> int:
     """Parses the flags and writes the tables and figures; returns the exit code."""
 
     def tables(results: command.ResultsDir = RESULTS) -> int:
-        """Write the page that compares with the report, and its figures, anew from `runs/` and `controls/`.
+        """Write the page that compares with the report, and its figures, anew from `runs/`, `controls/` and `probes/`.
 
         Args:
             results: Folder of the results.
@@ -41,13 +41,16 @@ def write(folder: Path) -> None:
     outcomes = load(folder)
     comparison.draw(folder, [one for one in outcomes if one.whole])
     pictures = [path.name for path in folder.glob("*.png")]
-    (folder / "README.md").write_text(readme(outcomes, pictures, controls(folder)))
+    (folder / "README.md").write_text(readme(outcomes, pictures, controls(folder), probes(folder)))
 
 
 def readme(
-    outcomes: Sequence[Outcome], pictures: Sequence[str] = (), torch: Mapping[str, float] = MappingProxyType({})
+    outcomes: Sequence[Outcome],
+    pictures: Sequence[str] = (),
+    torch: Mapping[str, float] = MappingProxyType({}),
+    probed: Sequence[dict] = (),
 ) -> str:
-    """The page about `outcomes`, with those `pictures`, and what `controls` by PyTorch say."""
+    """The page about `outcomes`, with those `pictures`, and what `controls` by PyTorch and `probes` say."""
     whole = [one for one in outcomes if one.whole]
     parts = [
         "# Results\n\nMade by `python -m experiments.reproduce`; again from `runs/` by `python -m experiments.tables`.\n"
@@ -59,6 +62,7 @@ def readme(
         *_controls(whole, torch),
         *_first_epochs(whole),
         *_subsets(whole),
+        *_probes(probed),
         *(f"![{caption}]({name})" for name, caption in comparison.CAPTIONS.items() if name in pictures),
         *_trials([one for one in outcomes if not one.whole]),
         _missing({one.key for one in whole}),
@@ -153,6 +157,28 @@ def _subsets(outcomes: Sequence[Outcome]) -> list[str]:
             lines.append((count, *(mean(s) if s else "" for s in scores)))
     title = "## Few labels (row 4)\n\nTest accuracy in %, by training images per class; the mean over draws."
     return [title, table(("images per class", *comparison.CURVES), lines)]
+
+
+def _probes(probed: Sequence[dict]) -> list[str]:
+    parts = []
+    for one in probed:
+        title = (
+            f"## Features of {one['run']}\n\nTest accuracy in % on {one['dataset']} from the mean over each stage's map, by "
+            f"`python -m experiments.probe`:\nlogistic regression, and the {one['neighbors']} nearest of "
+            f"{one['train_images']:,} images; initial: of the network before training."
+        )
+        networks = ("initial", "trained")
+        header = ["stage", "values", *(f"{kind}, {network}" for kind in PROBES for network in networks)]
+        lines = [
+            (
+                stage["stage"],
+                stage["values"],
+                *(f"{100 * stage[kind][network]:.2f}" for kind in PROBES for network in networks),
+            )
+            for stage in one["stages"]
+        ]
+        parts += [title, table(header, lines)]
+    return parts
 
 
 def _trials(outcomes: Sequence[Outcome]) -> list[str]:

@@ -11,6 +11,7 @@ from rotjax.data.dataset import Dataset as Dataset
 from rotjax.data.tasks import all_turns as all_turns
 from rotjax.data.tasks import classify as classify
 from rotjax.data.tasks import random_turn as random_turn
+from rotjax.features import features as features
 from rotjax.models import BACKBONES as BACKBONES
 from rotjax.models import Classifier as Classifier
 from rotjax.models import create as create

@@ -1,22 +1,29 @@
 """Every bad value of every flag of every command is refused: what is wrong and what is allowed is said, nothing is left."""
 
+import json
 import math
 import re
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import rotjax
-from experiments import benchmark, command, control, prepare, reliability, reproduce, tables
+from experiments import benchmark, command, control, prepare, probe, reliability, reproduce, tables
+from rotjax.recipe_json import to_json
 
+RUN = tempfile.TemporaryDirectory()  # a workdir, of which no more than the recipe is read before flags are refused
+(Path(RUN.name) / "recipe.json").write_text(json.dumps(to_json(rotjax.Rotation(dataset="digits", image_size=32).resolved())))
 COMMANDS = {  # and words that they need beside the flag
     "rotation": (lambda: command.main(rotjax.Rotation), ["--dataset=digits"]),
     "classification": (lambda: command.main(rotjax.Classification), ["--dataset=digits"]),
     "prepare": (prepare.main, ["imagenette"]),
     "reproduce": (reproduce.main, ["--list"]),
     "control": (control.main, ["--run=1-rotation-seed0"]),
+    "probe": (probe.main, [f"--pretrained={RUN.name}"]),
     "tables": (tables.main, []),
     "benchmark": (benchmark.main, ["--only=e"]),
     "reliability": (reliability.main, []),
@@ -52,7 +59,9 @@ BAD = {
     "trainable": one_of("stage4", "none"),
     "frozen_statistics": one_of("maybe"),
     **dict.fromkeys(("flip", "distributed", "list"), st.sampled_from(["maybe", "True", "1e"])),
-    **dict.fromkeys(("epochs", "max_steps", "batch_size", "decay_epochs", "log_steps", "repeats", "seeds"), COUNT),
+    **dict.fromkeys(
+        ("epochs", "max_steps", "batch_size", "decay_epochs", "log_steps", "repeats", "seeds", "neighbors"), COUNT
+    ),
     "augment": one_of("gpu", "Host"),
     "steps_per_dispatch": numbers(st.integers(max_value=0) | st.integers(min_value=9)),
     "threads": numbers(st.integers(max_value=-1) | st.integers(min_value=1025)),
@@ -78,6 +87,7 @@ BAD = {
 BESIDE = {
     ("rotation", "data_dir"): ["--dataset=cifar10"],
     ("classification", "data_dir"): ["--dataset=cifar10"],
+    ("probe", "data_dir"): [f"--pretrained={RUN.name}", "--dataset=cifar10"],
     ("control", "data_dir"): ["--run=1-rotation-seed0"],
     ("reproduce", "data_dir"): [],
 }
@@ -88,7 +98,7 @@ ALLOWED = re.compile(
 )
 
 
-WORK = [(rotjax, "train"), (prepare, "fetch"), (control, "train"), (benchmark, "measure")]
+WORK = [(rotjax, "train"), (prepare, "fetch"), (control, "train"), (probe, "probed"), (benchmark, "measure")]
 
 
 def accepted(*arguments, **options):

@@ -27,9 +27,10 @@ def small(monkeypatch, tmp_path):
 
 
 def test_the_committed_tables_are_made_from_the_committed_results():
-    results, folder = outcomes.load(outcomes.RESULTS), outcomes.RESULTS
-    pictures = [path.name for path in folder.glob("*.png")]
-    assert results and tables.readme(results, pictures, outcomes.controls(folder)) == (folder / "README.md").read_text()
+    folder = outcomes.RESULTS
+    results, pictures = outcomes.load(folder), [path.name for path in folder.glob("*.png")]
+    page = tables.readme(results, pictures, outcomes.controls(folder), outcomes.probes(folder))
+    assert results and page == (folder / "README.md").read_text()
 
 
 def test_every_row_of_the_report_is_there_and_starts_from_an_earlier_one():

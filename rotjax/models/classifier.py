@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2023, 0.1994, 0.2010)
+STAGES = ("stem", "stage1", "stage2", "stage3", "stage4")
 
 
 class Classifier(nn.Module):
@@ -55,10 +56,9 @@ def symmetric_uniform(limit: float) -> nn.initializers.Initializer:
 
 def held(frozen: tuple[str, ...]) -> tuple[str, ...]:
     """The endpoints under the path prefixes `frozen`; ValueError for a prefix that is finer than a stage."""
-    stages = ("stem", "stage1", "stage2", "stage3", "stage4")
     if "backbone" in frozen:
-        return stages
+        return STAGES
     named = tuple(prefix.removeprefix("backbone/") for prefix in frozen if prefix.startswith("backbone/"))
-    if finer := set(named) - set(stages):
+    if finer := set(named) - set(STAGES):
         raise ValueError(f"statistics are held by stage, not by {sorted(finer)}; name backbone/stem to backbone/stage4")
     return named

@@ -1,0 +1,85 @@
+"""What is read out of a network's stages, and what is learnt from it."""
+
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rotjax
+from experiments import probe
+from experiments.outcomes import PROBES
+from rotjax.errors import DataError, UsageError
+
+
+def shades(count, classes):
+    """Images of one shade each, a class a shade."""
+    label = np.arange(count, dtype=np.int32) % classes
+    image = np.broadcast_to((label * (255 // classes)).astype(np.uint8)[:, None, None, None], (count, 16, 16, 3))
+    return {"image": image.copy(), "label": label}
+
+
+@pytest.fixture
+def network():
+    model = rotjax.create("resnet18", 3, "cifar", width=4)
+    return model, rotjax.init_variables(model, 0, 16)
+
+
+def test_features_are_the_mean_of_every_map_whatever_the_batch(network, images):
+    model, variables = network
+    found = rotjax.features(model, variables, images["image"], batch_size=20)
+    endpoints = model.apply(variables, images["image"], method="endpoints")
+    assert list(found) == ["stem", "stage1", "stage2", "stage3", "stage4"]
+    for name, values in found.items():
+        assert values.dtype == np.float32 and len(values) == len(images["image"])
+        np.testing.assert_allclose(values, jnp.mean(endpoints[name], (1, 2)), atol=1e-5)
+
+
+def test_features_of_pixels_that_are_not_uint8_are_refused(network, images):
+    with pytest.raises(TypeError, match="images are float64; give uint8 pixels"):
+        rotjax.features(*network, images["image"] / 255)
+
+
+def test_probes_learn_what_is_there_to_be_learnt(network):
+    model, variables = network
+    data = rotjax.Dataset("shades", ("a", "b", "c"), shades(30, 3), shades(9, 3))
+    for stage in probe.probed(model, {"initial": variables, "trained": variables}, data, neighbors=5):
+        assert stage["linear"] == stage["neighbors"] == {"initial": 1.0, "trained": 1.0}
+    rng = np.random.default_rng(0)
+    unlearnable = {**data.train, "label": rng.permutation(data.train["label"])}
+    data = rotjax.Dataset("shades", data.classes, unlearnable, {**data.test, "label": rng.permutation(data.test["label"])})
+    assert all(stage["linear"]["trained"] < 0.8 for stage in probe.probed(model, {"trained": variables}, data, neighbors=5))
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    recipe = rotjax.Rotation(dataset="digits", stem="cifar", image_size=8, width=4, batch_size=64, max_steps=3)
+    list(rotjax.train(rotjax.plan(recipe), folder))
+    return folder
+
+
+def test_the_command_leaves_its_scores_in_the_workdir(workdir, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["probe", f"--pretrained={workdir}"])
+    assert probe.main() == 0
+    out = capsys.readouterr().out
+    result = json.loads((workdir / "probe-digits.json").read_text())
+    assert (result["run"], result["train_images"], result["test_images"]) == (workdir.name, 1438, 359)
+    assert [stage["stage"] for stage in result["stages"]] == ["stem", "stage1", "stage2", "stage3", "stage4"]
+    for stage in result["stages"]:
+        for kind in PROBES:
+            assert stage[kind].keys() == {"initial", "trained"}
+            assert f"{100 * stage[kind]['trained']:.2f}" in out
+    assert max(stage["linear"]["trained"] for stage in result["stages"]) > 0.5 and str(workdir / "probe-digits.json") in out
+
+
+def test_what_cannot_be_probed_is_refused(workdir, tmp_path):
+    from PIL import Image
+
+    for number in range(20):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    with pytest.raises(DataError, match="has no classes to tell apart"):
+        probe.run(workdir, str(tmp_path), None, None, 5)
+    with pytest.raises(UsageError, match="--neighbors=2000 is more than the 1438 training images"):
+        probe.run(workdir, None, None, None, 2000)
