@@ -66,7 +66,7 @@ class _Run:
         recipe = self.plan.recipe
         task = tasks.random_turn if recipe.job == "rotation" else tasks.classify
         everything = slice(None)  # in each of several processes, which draw the same
-        batches = rotjax.test_batches(data, task, recipe.batch_size, seed=recipe.seed, epoch=epoch, share=everything)
+        batches = rotjax.eval_batches(data, task, recipe.batch_size, seed=recipe.seed, epoch=epoch, share=everything)
         with closing(rotjax.read(batches)) as reader:
             for batch in reader:
                 given = np.asarray(self.probabilities(batch["image"]))

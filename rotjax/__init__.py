@@ -4,14 +4,13 @@ from rotjax import checkpoints as checkpoints
 from rotjax import data as data
 from rotjax import rotation as rotation
 from rotjax import torchvision as torchvision
+from rotjax.data.batches import eval_batches as eval_batches
 from rotjax.data.batches import read as read
-from rotjax.data.batches import test_batches as test_batches
 from rotjax.data.batches import train_batches as train_batches
 from rotjax.data.dataset import Dataset as Dataset
 from rotjax.data.tasks import all_turns as all_turns
 from rotjax.data.tasks import classify as classify
 from rotjax.data.tasks import random_turn as random_turn
-from rotjax.features import features as features
 from rotjax.models import BACKBONES as BACKBONES
 from rotjax.models import Classifier as Classifier
 from rotjax.models import create as create
@@ -24,6 +23,7 @@ from rotjax.planning import plan as plan
 from rotjax.recipe import Classification as Classification
 from rotjax.recipe import Recipe as Recipe
 from rotjax.recipe import Rotation as Rotation
+from rotjax.representation import features as features
 from rotjax.run import train as train
 from rotjax.training import TrainState as TrainState
 from rotjax.training import cross_entropy as cross_entropy

@@ -90,7 +90,7 @@ def train(
                 for row in rows:
                     if "train_loss" in row:
                         testing -= time.perf_counter()
-                        result = score(state.variables, scoring.test_task(recipe), row["epoch"])
+                        result = score(state.variables, scoring.eval_task(recipe), row["epoch"])
                         testing += time.perf_counter()
                         row |= {"test_loss": result["loss"], "test_accuracy": result["accuracy"]}
                     with parallel.together():

@@ -6,7 +6,7 @@ from functools import cache, partial
 
 from rotjax import training
 from rotjax.data import batches, tasks
-from rotjax.data.augmentation import test_view
+from rotjax.data.augmentation import eval_view
 from rotjax.feed import Feed
 from rotjax.models import Classifier
 from rotjax.parallel import data_mesh
@@ -16,7 +16,7 @@ from rotjax.recipe import Recipe, Rotation
 Score = Callable[[dict, tasks.Task, int], dict]
 
 
-def test_task(recipe: Recipe) -> tasks.Task:
+def eval_task(recipe: Recipe) -> tasks.Task:
     """What the test after every epoch asks: one turn per image, as the report did."""
     return tasks.random_turn if isinstance(recipe, Rotation) else tasks.classify
 
@@ -25,11 +25,11 @@ def scorer(plan: Plan, model: Classifier, feed: Feed, until: Callable[[Iterable]
     """`(variables, task, epoch) -> loss, accuracy, confusion` on every test image."""
     recipe, mesh = plan.recipe, data_mesh()
     data, step = feed.put(plan.data.test, mesh), cache(partial(training.eval_step, model, mesh))
-    view = cache(lambda task: partial(test_view, task=task))
+    view = cache(lambda task: partial(eval_view, task=task))
 
     def score(variables: dict, task: tasks.Task, epoch: int) -> dict:
         count = len(plan.data.test["label"])
-        picks = batches.test_picks(count, recipe.batch_size, seed=recipe.seed, epoch=epoch)
+        picks = batches.eval_picks(count, recipe.batch_size, seed=recipe.seed, epoch=epoch)
         stream = feed.stream(picks, view(task), data)
         with closing(batches.read(stream.elements)) as reader:
             placed = training.place(until(reader), mesh)

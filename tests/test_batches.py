@@ -71,7 +71,7 @@ def test_R7_the_shares_of_several_processes_are_the_batch(images, task, processe
 
     for split in (
         partial(batches.train_batches, images, task, 8, 9, seed=1),
-        partial(batches.test_batches, {key: value[:45] for key, value in images.items()}, task, 8),
+        partial(batches.eval_batches, {key: value[:45] for key, value in images.items()}, task, 8),
     ):
         for whole, parts in zip(split(), joined(split), strict=True):
             for key in whole:
@@ -168,7 +168,7 @@ def test_draws_are_the_same_in_jax_and_independent_between_streams():
 @pytest.mark.parametrize(("task", "views"), [(tasks.classify, 1), (tasks.random_turn, 1), (tasks.all_turns, 4)])
 def test_evaluation_pads_the_last_batch_with_weight_zero(task, views):
     data = numbered(21)
-    stream = batches.test_batches(data, task, 8)
+    stream = batches.eval_batches(data, task, 8)
     assert len(stream) == 3
     assert {stream[t]["image"].shape for t in range(3)} == {(8 * views, 8, 8, 3)}
     kept = np.concatenate([centres(b)[b["weight"] > 0] for b in (stream[t] for t in range(3))])
@@ -177,9 +177,9 @@ def test_evaluation_pads_the_last_batch_with_weight_zero(task, views):
 
 def test_a_test_image_is_turned_anew_every_epoch_and_alike_for_every_batch_size():
     data = numbered(64)
-    first, second = (batches.test_batches(data, tasks.random_turn, 64, seed=1, epoch=e)[0]["label"] for e in (1, 2))
+    first, second = (batches.eval_batches(data, tasks.random_turn, 64, seed=1, epoch=e)[0]["label"] for e in (1, 2))
     assert (first != second).any()
-    small = batches.test_batches(data, tasks.random_turn, 16, seed=1, epoch=1)
+    small = batches.eval_batches(data, tasks.random_turn, 16, seed=1, epoch=1)
     np.testing.assert_array_equal(first, np.concatenate([small[t]["label"] for t in range(4)]))
 
 
@@ -189,13 +189,13 @@ def test_a_batch_that_does_not_fit_is_refused(images, size):
         batches.train_batches(images, tasks.classify, size, 1, seed=0)
 
 
-@pytest.mark.parametrize("make", [partial(batches.train_batches, steps=1, seed=0), batches.test_batches])
+@pytest.mark.parametrize("make", [partial(batches.train_batches, steps=1, seed=0), batches.eval_batches])
 def test_pixels_that_are_not_uint8_are_refused(images, make):
     with pytest.raises(TypeError, match="images are float32; give uint8 pixels"):
         make(images | {"image": images["image"] / np.float32(255)}, tasks.random_turn, 8)
 
 
-@pytest.mark.parametrize("make", [partial(batches.train_batches, steps=1, seed=0), batches.test_batches])
+@pytest.mark.parametrize("make", [partial(batches.train_batches, steps=1, seed=0), batches.eval_batches])
 def test_rotations_need_no_labels(images, make):
     known, found = (make(data, tasks.random_turn, 8)[0] for data in (images, {"image": images["image"]}))
     assert known.keys() == found.keys()

@@ -47,7 +47,7 @@ def first_step(folder):
     before = jax.tree.map(np.array, state.variables["params"])
     state, metrics = rotjax.train_step(model, optimizer)(state, *rotjax.place([batch]))
     gradients = jax.tree.map(lambda a, b: a - np.asarray(b), before, state.variables["params"])
-    tests = rotjax.test_batches(data, rotjax.all_turns, 24)
+    tests = rotjax.eval_batches(data, rotjax.all_turns, 24)
     scores = rotjax.evaluate(rotjax.eval_step(model), state.variables, rotjax.place(rotjax.read(tests)))
     feed, view = Feed("device", 1, 0), partial(train_view, task=rotjax.random_turn, flip=True)
     stream = feed.stream(train_picks(64, 32, 2, seed=0), view, feed.put(data, mesh))

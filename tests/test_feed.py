@@ -53,9 +53,9 @@ def test_a_batch_made_on_the_device_is_that_of_the_host_to_the_byte(plan, images
 @pytest.mark.parametrize("task", [tasks.classify, tasks.random_turn, tasks.all_turns])
 def test_a_test_batch_made_on_the_device_is_that_of_the_host_to_the_byte(plan, task):
     data = plan.data.test
-    known = [*rotjax.test_batches(data, task, 4, seed=1, epoch=3)]
-    picks = rotjax.data.batches.test_picks(len(data["label"]), 4, seed=1, epoch=3)
-    view = partial(rotjax.data.augmentation.test_view, task=task)
+    known = [*rotjax.eval_batches(data, task, 4, seed=1, epoch=3)]
+    picks = rotjax.data.batches.eval_picks(len(data["label"]), 4, seed=1, epoch=3)
+    view = partial(rotjax.data.augmentation.eval_view, task=task)
     for one, other in zip(known, made(DEVICE.stream(picks, view, DEVICE.put(data, data_mesh()))), strict=True):
         for key in one:
             assert one[key].dtype == other[key].dtype

@@ -172,7 +172,7 @@ def test_evaluation_counts_every_image_once_whatever_the_batch_size(images):
     np.add.at(confusion, (images["label"], logits.argmax(-1)), 1)
     for size in (7, 48, 64):
         result = training.evaluate(
-            step, variables, rotjax.place(rotjax.read(rotjax.test_batches(images, tasks.classify, size)))
+            step, variables, rotjax.place(rotjax.read(rotjax.eval_batches(images, tasks.classify, size)))
         )
         assert result["loss"] == pytest.approx(loss, rel=1e-5)
         assert result["accuracy"] == pytest.approx(np.trace(confusion) / 48)

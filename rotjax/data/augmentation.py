@@ -35,7 +35,7 @@ def train_view(data: dict, pick: dict, *, task: Task, flip: bool, cutout: float 
     return {"image": images, "label": labels}
 
 
-def test_view(data: dict, pick: dict, *, task: Task) -> dict:
+def eval_view(data: dict, pick: dict, *, task: Task) -> dict:
     """The images of `data` that `pick` names, as they are, given to the task; each view has the weight of its image."""
     images, labels = task(data["image"][pick["index"]], data["label"][pick["index"]], _words(pick))
     weight = pick["weight"].repeat(len(labels) // len(pick["index"]))

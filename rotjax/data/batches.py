@@ -8,7 +8,7 @@ import numpy as np
 
 from rotjax import parallel
 from rotjax.data import tasks
-from rotjax.data.augmentation import test_view, train_view
+from rotjax.data.augmentation import eval_view, train_view
 from rotjax.errors import UsageError
 
 Arrays = dict[str, np.ndarray]  # 'image' u8 [N,H,H,3], 'label' i32 [N]; evaluation batches have 'weight' f32 [B] too
@@ -59,19 +59,19 @@ def check_fits(batch_size: int, count: int) -> None:
         raise UsageError(f"batch_size={batch_size} is larger than the training set of {count:,} images; lower it")
 
 
-def test_batches(
+def eval_batches(
     data: Arrays, task: tasks.Task, batch_size: int, *, seed: int = 0, epoch: int = 0, share: slice | None = None
 ) -> Batches:
     """Every image once, in order, as it is, given to the task; the last batch is padded with images of weight 0.
 
     Images may come without labels. Raises TypeError for pixels that are not uint8.
     """
-    picks = test_picks(len(data["image"]), batch_size, seed=seed, epoch=epoch, share=share)
-    return viewed(data, picks, partial(test_view, task=task))
+    picks = eval_picks(len(data["image"]), batch_size, seed=seed, epoch=epoch, share=share)
+    return viewed(data, picks, partial(eval_view, task=task))
 
 
-def test_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: slice | None = None) -> Batches:
-    """The picks of `test_view`: each of `count` images once, in order; the last batch is padded with ones of `weight` 0."""
+def eval_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: slice | None = None) -> Batches:
+    """The picks of `eval_view`: each of `count` images once, in order; the last batch is padded with ones of `weight` 0."""
     share = _own(batch_size) if share is None else share
 
     def pick(number: int) -> Arrays:

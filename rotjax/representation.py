@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotjax.data.batches import read, test_batches
+from rotjax.data.batches import eval_batches, read
 from rotjax.data.tasks import classify
 from rotjax.models.classifier import STAGES, Classifier
 from rotjax.training import place
@@ -22,7 +22,7 @@ def features(model: Classifier, variables: dict, images: np.ndarray, *, batch_si
     uint8.
     """
     means = jax.jit(partial(_means, model))
-    with closing(read(test_batches({"image": images}, classify, batch_size))) as reader:
+    with closing(read(eval_batches({"image": images}, classify, batch_size))) as reader:
         parts = [jax.device_get(means(variables, batch["image"])) for batch in place(reader)]
     return {name: np.concatenate([part[name] for part in parts])[: len(images)] for name in STAGES}
 
