@@ -26,6 +26,7 @@ class Outcome:
     data_note: str
     recipe: dict[str, Any]
     summary: dict[str, Any]
+    pretext: float | None = None  # test accuracy in % of the network that it started from; older results do not say it
     epochs: Sequence[dict[str, Any]] = ()
 
     @property

@@ -1,6 +1,7 @@
 """What the features of a backbone are worth as they are: `python -m experiments.probe --help`."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 
 import rotjax
 from experiments import command
-from experiments.outcomes import PROBES
+from experiments.outcomes import PROBES, accuracy
 from experiments.report import say
 from rotjax.data import sources
 from rotjax.errors import DataError, UsageError
@@ -57,8 +58,9 @@ def run(pretrained: Path, dataset: str | None, image_size: int | None, data_dir:
     size, name = recipe.image_size if image_size is None else image_size, dataset or recipe.dataset
     check(dataclasses.replace(recipe, dataset=name, image_size=size))
     data = sources.load(name, image_size=size, data_dir=data_dir, progress=command.decoding)
-    if recipe.validation and name == recipe.dataset:
-        data = sources.validated(data, recipe.validation)
+    validation = recipe.validation if name == recipe.dataset else 0.0
+    if validation:
+        data = sources.validated(data, validation)
     train, test = (len(part["label"]) for part in (data.train, data.test))
     if not data.classes:
         raise DataError(f"{data.name} has no classes to tell apart; name a set that has, --dataset")
@@ -75,10 +77,19 @@ def run(pretrained: Path, dataset: str | None, image_size: int | None, data_dir:
         stages.append(stage)
         linear, near = ([100 * stage[kind][network] for network in networks] for kind in PROBES)
         say("{stage:8}{values:8}{:11.2f}{:8.2f}{:13.2f}{:8.2f}".format(*linear, *near, **stage))
-    result = {"run": pretrained.resolve().name, "dataset": data.name, "image_size": size, "neighbors": neighbors}
-    counts = {"train_images": train, "test_images": test, "tested_on": recipe.tested_on}
-    path = pretrained / f"probe-{Path(data.name).name}.json"
-    write_json(path, result | counts | {"stages": stages})
+    summary, path = pretrained / "summary.json", pretrained / f"probe-{Path(data.name).name}.json"
+    result = {
+        "run": pretrained.resolve().name,
+        "accuracy": accuracy(json.loads(summary.read_text())) if summary.exists() else None,  # at its own task, in %
+        "dataset": data.name,
+        "image_size": size,
+        "train_images": train,
+        "test_images": test,
+        "validation": validation,
+        "neighbors": neighbors,
+        "stages": stages,
+    }
+    write_json(path, result)
     say(f"\n{path}")
 
 

@@ -121,8 +121,10 @@ def carry_out(run: Run, settings: Settings) -> None:
         "commit": commit(),
         "data_note": settings.data_note,
         "recipe": to_json(read_recipe(workdir)),
-        "summary": json.loads((workdir / "summary.json").read_text()),
+        "summary": _summary(run, settings),
     }
+    if run.after:
+        result["pretext"] = accuracy(_summary(run.after, settings))
     folder = settings.results / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(workdir / "metrics.jsonl", folder / f"{run.name}.jsonl")
@@ -130,6 +132,10 @@ def carry_out(run: Run, settings: Settings) -> None:
     for name, kept in PICTURED.get(run.name, {}).items():
         shutil.copyfile(workdir / name, settings.results / kept)
     tables.write(settings.results)
+
+
+def _summary(run: Run, settings: Settings) -> dict:
+    return json.loads((settings.workdirs / run.name / "summary.json").read_text())
 
 
 def done(run: Run, settings: Settings) -> bool:
@@ -148,7 +154,7 @@ def overview(asked: Sequence[Run], settings: Settings, running: Run | None = Non
     for run in asked:
         steps, total = progress(run, settings.workdirs)
         if done(run, settings):
-            summary = json.loads((settings.workdirs / run.name / "summary.json").read_text())
+            summary = _summary(run, settings)
             state = f"{accuracy(summary):.2f}%"
             speeds += [summary["images_per_second"] * cost(run)] if summary["images_per_second"] else []
         else:

@@ -155,7 +155,11 @@ def _subsets(outcomes: Sequence[Outcome]) -> list[str]:
         scores = [subset_scores(outcomes, kind, row, count) for kind, (row, *_) in comparison.CURVES.items()]
         if any(scores):
             lines.append((count, *(mean(s) if s else "" for s in scores)))
-    title = "## Few labels (row 4)\n\nTest accuracy in %, by training images per class; the mean over draws."
+    began = ", ".join(sorted({f"{one.pretext:.2f}" for one in outcomes if one.row == "4" and one.pretext}))
+    title = (
+        "## Few labels (row 4)\n\nTest accuracy in %, by training images per class; the mean over draws. frozen and full\n"
+        f"start from networks that predict {began} % of the rotations; those of all images are rows 2a, 3a and 3b."
+    )
     return [title, table(("images per class", *comparison.CURVES), lines)]
 
 
@@ -163,9 +167,10 @@ def _probes(probed: Sequence[dict]) -> list[str]:
     parts = []
     for one in probed:
         title = (
-            f"## Features of {one['run']}\n\nTest accuracy in % on {one['dataset']} from the mean over each stage's map, by "
-            f"`python -m experiments.probe`:\nlogistic regression, and the {one['neighbors']} nearest of "
-            f"{one['train_images']:,} images; initial: of the network before training."
+            f"## Features of {one['run']}\n\nTest accuracy in % on {one['dataset']} from the mean over each stage's map, "
+            f"by `python -m experiments.probe`:\nlogistic regression, and the {one['neighbors']} nearest of "
+            f"{one['train_images']:,} images. initial: before training; trained: with {one['accuracy']:.2f} % at "
+            "its own task."
         )
         networks = ("initial", "trained")
         header = ["stage", "values", *(f"{kind}, {network}" for kind in PROBES for network in networks)]
