@@ -235,7 +235,7 @@ def _say_once(words: str, line: str) -> None:
 def warn_of_idle_gpu() -> None:
     """Says which extra to install where an NVIDIA GPU is there and JAX runs on the CPU."""
     if shutil.which("nvidia-smi") and jax.default_backend() == "cpu":
-        log.warning("an NVIDIA GPU is here but JAX runs on the CPU; install jax[cuda12]")
+        log.warning("an NVIDIA GPU is here but JAX runs on the CPU; install jax[cuda12] (uv run --extra cuda12)")
 
 
 logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)

@@ -1,5 +1,7 @@
 """The figures of a run, as PNG in its workdir."""
 
+import heapq
+import itertools
 import json
 import logging
 import warnings
@@ -105,10 +107,16 @@ def _confusion(run: _Run) -> Figure:
 def _mistakes(run: _Run) -> Figure:
     recipe, test = run.plan.recipe, run.plan.data.test
     views = run.views(test, epoch=-(-run.plan.steps // run.plan.epoch_steps))  # the turns of the final score
-    wrong = [(given.max(), image, true, given.argmax()) for image, true, given in views if given.argmax() != true]
-    worst = sorted(wrong, key=lambda view: view[0], reverse=True)[:SHOWN]
-    _, images, true, predicted = zip(*worst, strict=True) if worst else ((),) * 4
-    title = f"Most surely mistaken {_what(recipe)}: {len(worst)} of {len(wrong):,}"
+    numbers = itertools.count()
+    wrong = (
+        (given.max(), next(numbers), image.copy(), true, given.argmax())
+        for image, true, given in views
+        if given.argmax() != true
+    )
+    worst = heapq.nlargest(SHOWN, wrong)  # of the test set, which may be larger than memory, no more is kept
+    count = next(numbers)
+    _, _, images, true, predicted = zip(*worst, strict=True) if worst else ((),) * 5
+    title = f"Most surely mistaken {_what(recipe)}: {len(worst)} of {count:,}"
     turned = ", each on one random turn" if recipe.job == "rotation" else ""
     caption = f"{_data(recipe)}: of the {len(test['label']):,} {recipe.tested_on}{turned}, the surest first"
     return plots.predictions(np.array(images), np.array(true), np.array(predicted), recipe.classes, title, caption)

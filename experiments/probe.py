@@ -1,11 +1,11 @@
 """What the features of a backbone are worth as they are: `python -m experiments.probe --help`."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -15,9 +15,12 @@ import rotjax
 from experiments import command
 from experiments.outcomes import PROBES, accuracy
 from experiments.report import say
+from rotjax import parallel
 from rotjax.data import sources
-from rotjax.errors import DataError, UsageError
+from rotjax.errors import CheckpointError, DataError, UsageError
+from rotjax.manifests import read_json
 from rotjax.recipe import check
+from rotjax.run import versions
 from rotjax.workdirs import read_recipe, write_json
 
 
@@ -31,18 +34,18 @@ def main() -> int:
         data_dir: command.DataDir = None,
         neighbors: int = 20,
     ) -> int:
-        """Score the features of each stage of a trained network, without training it further.
+        """Measure how well classes can be read from each stage of a trained network, without training it further.
 
-        A linear classifier (logistic regression) and the nearest neighbours learn the classes of the training images from
-        the mean over each stage's map, and are scored on the test images; beside them the same of the network's initial
-        weights.
+        An image becomes the mean over a stage's map. Logistic regression and nearest neighbours learn the classes from these
+        vectors of the training images and are scored on those of the test images; beside them the same for random weights.
+        The scores are left in the workdir, in probe-<dataset>.json.
 
         Args:
-            pretrained: Workdir of the network.
+            pretrained: Workdir of the run whose network it is.
             dataset: What is classified, by default what the network was trained on.
             image_size: Side of the square images in pixels, by default as in training.
             data_dir: Folder of data sets prepared for TFDS.
-            neighbors: How many vote.
+            neighbors: Training images, the nearest, that vote on the class of a test image.
         """
         return command.guarded(lambda: run(pretrained, dataset, image_size, data_dir, neighbors))
 
@@ -54,41 +57,47 @@ def run(pretrained: Path, dataset: str | None, image_size: int | None, data_dir:
     if neighbors < 1:
         raise UsageError(f"--neighbors={neighbors} is too small; it is at least 1")
     command.check_folder("data_dir", data_dir)
+    parallel.check_devices()
     recipe = read_recipe(pretrained)
     size, name = recipe.image_size if image_size is None else image_size, dataset or recipe.dataset
     check(dataclasses.replace(recipe, dataset=name, image_size=size))
     data = sources.load(name, image_size=size, data_dir=data_dir, progress=command.decoding)
-    validation = recipe.validation if name == recipe.dataset else 0.0
-    if validation:
-        data = sources.validated(data, validation)
+    tested_on = "test images"
+    if recipe.validation and name == recipe.dataset:
+        data, tested_on = sources.validated(data, recipe.validation), recipe.tested_on
     train, test = (len(part["label"]) for part in (data.train, data.test))
-    if not data.classes:
+    if len(data.classes) < 2:
         raise DataError(f"{data.name} has no classes to tell apart; name a set that has, --dataset")
     if neighbors > train:
         raise UsageError(f"--neighbors={neighbors} is more than the {train} training images; lower it")
+    if not (pretrained / "summary.json").exists():
+        raise CheckpointError(f"{pretrained} is not finished; let it train to its end")
+    summary = read_json(pretrained / "summary.json")
     command.cache_compilations()
     model, trained, _ = rotjax.load(pretrained)
-    networks = {"initial": rotjax.init_variables(model, recipe.seed, recipe.image_size), "trained": trained}
-    say(f"test accuracy in % on {test:,} images, by what {train:,} teach\n")
-    say(f"{'':8}{'':>8}{'linear':>19}{f'{neighbors} neighbors':>21}")
-    say(f"{'stage':8}{'values':>8}{'initial':>11}{'trained':>8}{'initial':>13}{'trained':>8}")
+    networks = {"random": rotjax.init_variables(model, recipe.seed, recipe.image_size), "trained": trained}
+    say(f"accuracy in % on {test:,} {tested_on}, learnt from {train:,} training images\n")
+    say(f"{'':8}{'vector':>8}{'linear':>19}{f'{neighbors} neighbors':>21}")
+    say(f"{'stage':8}{'length':>8}{'random':>11}{'trained':>8}{'random':>13}{'trained':>8}")
     stages = []
     for stage in probed(model, networks, data, neighbors):
         stages.append(stage)
         linear, near = ([100 * stage[kind][network] for network in networks] for kind in PROBES)
         say("{stage:8}{values:8}{:11.2f}{:8.2f}{:13.2f}{:8.2f}".format(*linear, *near, **stage))
-    summary, path = pretrained / "summary.json", pretrained / f"probe-{Path(data.name).name}.json"
     result = {
         "run": pretrained.resolve().name,
-        "accuracy": accuracy(json.loads(summary.read_text())) if summary.exists() else None,  # at its own task, in %
+        "accuracy": accuracy(summary),  # of the run at its own task, in %
         "dataset": data.name,
         "image_size": size,
         "train_images": train,
         "test_images": test,
-        "validation": validation,
+        "tested_on": tested_on,
         "neighbors": neighbors,
+        "device": jax.devices()[0].device_kind,
+        "versions": versions("rotjax", "jax", "scikit-learn"),
         "stages": stages,
     }
+    path = pretrained / f"probe-{data.name.replace('/', '-')}.json"
     write_json(path, result)
     say(f"\n{path}")
 

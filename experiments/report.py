@@ -187,7 +187,7 @@ def network(facts: Mapping[str, Any]) -> str:
 
 
 def next_step(workdir: Path, plan: Plan, data_dir: Path | None = None) -> str:
-    """The command or the line of Python that makes use of the run in `workdir`."""
+    """The commands or the line of Python that make use of the run in `workdir`."""
     if plan.recipe.job == "classification":
         return f'use it in Python:\n  model, variables, recipe = rotjax.load("{workdir}")'
     dataset = plan.recipe.dataset if len(plan.data.classes) > 1 else "FOLDER_WITH_A_FOLDER_PER_CLASS"
@@ -200,5 +200,13 @@ def next_step(workdir: Path, plan: Plan, data_dir: Path | None = None) -> str:
         flags["validation"] = recipe.validation
     if data_dir:
         flags["data_dir"] = data_dir
+    probe = {name: value for name, value in flags.items() if name in ("pretrained", "dataset", "data_dir")}
+    return (
+        f"next, learn classes from it:\n  {_command('classification', flags)}\n"
+        f"or see what its features are worth as they are:\n  {_command('probe', probe)}"
+    )
+
+
+def _command(job: str, flags: Mapping[str, Any]) -> str:
     words = " ".join(f"--{name}={shlex.quote(str(value))}" for name, value in flags.items())
-    return f"next, learn classes from it:\n  {launcher()}python -m experiments.classification {words}"
+    return f"{launcher()}python -m experiments.{job} {words}"

@@ -62,7 +62,7 @@ def readme(
         *_controls(whole, torch),
         *_first_epochs(whole),
         *_subsets(whole),
-        *_probes(probed),
+        *_probes(probed, {one.name: one.score for one in whole}),
         *(f"![{caption}]({name})" for name, caption in comparison.CAPTIONS.items() if name in pictures),
         *_trials([one for one in outcomes if not one.whole]),
         _missing({one.key for one in whole}),
@@ -155,24 +155,25 @@ def _subsets(outcomes: Sequence[Outcome]) -> list[str]:
         scores = [subset_scores(outcomes, kind, row, count) for kind, (row, *_) in comparison.CURVES.items()]
         if any(scores):
             lines.append((count, *(mean(s) if s else "" for s in scores)))
-    began = ", ".join(sorted({f"{one.pretext:.2f}" for one in outcomes if one.row == "4" and one.pretext}))
-    title = (
-        "## Few labels (row 4)\n\nTest accuracy in %, by training images per class; the mean over draws. frozen and full\n"
-        f"start from networks that predict {began} % of the rotations; those of all images are rows 2a, 3a and 3b."
-    )
+    title = "## Few labels (row 4)\n\nTest accuracy in %, by training images per class; the mean over draws."
+    title += " 5000 are all: rows 2a, 3a and 3b."
+    if began := ", ".join(sorted({f"{one.pretext:.2f}" for one in outcomes if one.row == "4" and one.pretext})):
+        title += f"\nfrozen and full start from a network that predicts {began} % of the rotations."
     return [title, table(("images per class", *comparison.CURVES), lines)]
 
 
-def _probes(probed: Sequence[dict]) -> list[str]:
+def _probes(probed: Sequence[dict], scores: Mapping[str, float]) -> list[str]:
+    """Of each run its probes; `scores` are of the runs in the table: another training may have been probed."""
     parts = []
     for one in probed:
+        other = " (another training than the one above)" * (scores.get(one["run"]) != one["accuracy"])
         title = (
-            f"## Features of {one['run']}\n\nTest accuracy in % on {one['dataset']} from the mean over each stage's map, "
-            f"by `python -m experiments.probe`:\nlogistic regression, and the {one['neighbors']} nearest of "
-            f"{one['train_images']:,} images. initial: before training; trained: with {one['accuracy']:.2f} % at "
-            "its own task."
+            f"## Features of {one['run']}{other}\n\nAccuracy in % on {one['tested_on']} of {one['dataset']}, from the mean "
+            f"over each stage's map, by `python -m experiments.probe`:\nlogistic regression, and the "
+            f"{one['neighbors']} nearest of {one['train_images']:,} images. random: random weights; trained: those of a run with {one['accuracy']:.2f} % "
+            "at its own task."
         )
-        networks = ("initial", "trained")
+        networks = ("random", "trained")
         header = ["stage", "values", *(f"{kind}, {network}" for kind in PROBES for network in networks)]
         lines = [
             (

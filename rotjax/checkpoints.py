@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -204,18 +205,19 @@ def _room(directory: Path, size: int) -> str:
 def quiet() -> None:
     """Keeps out of this process's stderr what Orbax and TFDS narrate, for a program that says by itself what counts."""
     logging.getLogger("absl").addFilter(_critical)
-    sys.unraisablehook = _unraisable
+    if getattr(sys.unraisablehook, "func", None) is not _unraisable:
+        sys.unraisablehook = partial(_unraisable, sys.unraisablehook)
 
 
 def _critical(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.CRITICAL
 
 
-def _unraisable(unraisable) -> None:
+def _unraisable(say, unraisable) -> None:
     """Leaves out what TensorStore's threads say once Orbax, after a failure that we report, closed the loop they call."""
     trace = unraisable.exc_traceback
     if trace is None or trace.tb_frame.f_code.co_name != "call_soon_threadsafe":
-        sys.__unraisablehook__(unraisable)
+        say(unraisable)
 
 
 def _absolute(path: Path) -> str:

@@ -48,8 +48,10 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
 
 
 def share(batch_size: int, mesh: Mesh) -> slice:
-    """What of a batch this process gives to its devices."""
+    """What of a batch this process gives to its devices; ValueError where `mesh` has others' between them."""
     own = [number for number, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+    if own != list(range(own[0], own[-1] + 1)):
+        raise ValueError("the devices of a process are not beside each other in this mesh; order them as data_mesh does")
     return slice(own[0] * batch_size // mesh.size, (own[-1] + 1) * batch_size // mesh.size)
 
 
@@ -83,7 +85,7 @@ def check_devices() -> None:
         said = " ".join(str(error).split())[:100] or "it sees none"
         asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
         raise UsageError(
-            f"JAX finds no device for {asked} ({said}); install jax[cuda12] or jax[tpu], or unset it"
+            f"JAX finds no device for {asked} ({said}); install jax[cuda12] or jax[tpu] (uv run --extra cuda12), or unset it"
         ) from error
 
 

@@ -9,24 +9,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotjax.data.batches import eval_batches, read
+from rotjax.data.batches import eval_batches, read, unlabelled
 from rotjax.data.tasks import classify
 from rotjax.models.classifier import STAGES, Classifier
+from rotjax.parallel import data_mesh, replicated
 from rotjax.training import place
 
 
 def features(model: Classifier, variables: dict, images: np.ndarray, *, batch_size: int = 256) -> dict[str, np.ndarray]:
     """The mean over each map that `images` u8 `[N,H,W,3]` lead to: `stem`, `stage1` to `stage4`, each f32 `[N,D]`.
 
-    Computed on all devices of this process, which have to share a batch equally. Raises TypeError for pixels that are not
-    uint8.
+    Computed on the devices of this process, each of several has all. Raises TypeError for pixels that are not uint8.
     """
-    means = jax.jit(partial(_means, model))
-    with closing(read(eval_batches({"image": images}, classify, batch_size))) as reader:
-        parts = [jax.device_get(means(variables, batch["image"])) for batch in place(reader)]
+    mesh = data_mesh(jax.local_devices())
+    variables = jax.device_put(jax.tree.map(np.asarray, variables), replicated(mesh))
+    data, size = {"image": images, "label": unlabelled(len(images))}, -(-batch_size // mesh.size) * mesh.size
+    with closing(read(eval_batches(data, classify, size, share=slice(None)))) as reader:
+        parts = [jax.device_get(_means(model, variables, batch["image"])) for batch in place(reader, mesh)]
     return {name: np.concatenate([part[name] for part in parts])[: len(images)] for name in STAGES}
 
 
+@partial(jax.jit, static_argnums=0)
 def _means(model: Classifier, variables: dict, images: jax.Array) -> dict[str, jax.Array]:
     apply: Callable[..., Any] = model.apply
     endpoints = apply(variables, images, method="endpoints")

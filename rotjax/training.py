@@ -37,7 +37,10 @@ class TrainState:
 
 
 def init_variables(model: nn.Module, seed: int, image_size: int) -> dict:
-    """`{'params', 'batch_stats'}` drawn from `seed`, compiled as one program (DenseNet121 has a thousand arrays)."""
+    """`{'params', 'batch_stats'}` drawn from `seed`, compiled as one program (DenseNet121 has a thousand arrays).
+
+    The fields of `model` have to be hashable: tuples, not lists.
+    """
     return _drawn(model, jax.random.key(seed), image_size)
 
 

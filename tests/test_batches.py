@@ -203,6 +203,11 @@ def test_rotations_need_no_labels(images, make):
         np.testing.assert_array_equal(values, found[name])
 
 
+def test_classes_need_labels(images):
+    with pytest.raises(TypeError, match="images have no 'label'"):
+        batches.train_batches({"image": images["image"], "labels": images["label"]}, tasks.classify, 8, 1, seed=0)
+
+
 def test_subsets_are_stratified_seeded_and_nested(images):
     five, ten = (sources.subset(images["label"], k, seed=1) for k in (5, 10))
     np.testing.assert_array_equal(np.bincount(images["label"][ten]), [10, 10, 10])

@@ -155,7 +155,8 @@ def test_images_beside_fewer_in_class_folders_are_taken_without_classes(folder, 
         paint(folder / f"loose{number}.png", 255)
     data = load(folder, SIZE)
     assert data.classes == () and len(data.train["label"]) + len(data.test["label"]) == 24
-    assert notes[0] == f"{folder} has 20 images beside its folders and 4 in them: its images are taken without classes"
+    said = f"{folder} has 20 images beside its folders and 4 in them (to tell the folders apart move the others elsewhere)"
+    assert notes[0] == f"{said}: its images are taken without classes"
 
 
 def test_links(folder, tmp_path):

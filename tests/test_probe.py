@@ -1,6 +1,7 @@
 """What is read out of a network's stages, and what is learnt from it."""
 
 import json
+import shutil
 import sys
 
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 import rotjax
 from experiments import probe
 from experiments.outcomes import PROBES
-from rotjax.errors import DataError, UsageError
+from rotjax.errors import CheckpointError, DataError, UsageError
 
 
 def shades(count, classes):
@@ -44,8 +45,8 @@ def test_features_of_pixels_that_are_not_uint8_are_refused(network, images):
 def test_probes_learn_what_is_there_to_be_learnt(network):
     model, variables = network
     data = rotjax.Dataset("shades", ("a", "b", "c"), shades(30, 3), shades(9, 3))
-    for stage in probe.probed(model, {"initial": variables, "trained": variables}, data, neighbors=5):
-        assert stage["linear"] == stage["neighbors"] == {"initial": 1.0, "trained": 1.0}
+    for stage in probe.probed(model, {"random": variables, "trained": variables}, data, neighbors=5):
+        assert stage["linear"] == stage["neighbors"] == {"random": 1.0, "trained": 1.0}
     rng = np.random.default_rng(0)
     unlearnable = {**data.train, "label": rng.permutation(data.train["label"])}
     data = rotjax.Dataset("shades", data.classes, unlearnable, {**data.test, "label": rng.permutation(data.test["label"])})
@@ -69,7 +70,7 @@ def test_the_command_leaves_its_scores_in_the_workdir(workdir, monkeypatch, caps
     assert [stage["stage"] for stage in result["stages"]] == ["stem", "stage1", "stage2", "stage3", "stage4"]
     for stage in result["stages"]:
         for kind in PROBES:
-            assert stage[kind].keys() == {"initial", "trained"}
+            assert stage[kind].keys() == {"random", "trained"}
             assert f"{100 * stage[kind]['trained']:.2f}" in out
     assert max(stage["linear"]["trained"] for stage in result["stages"]) > 0.5 and str(workdir / "probe-digits.json") in out
 
@@ -81,5 +82,9 @@ def test_what_cannot_be_probed_is_refused(workdir, tmp_path):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
     with pytest.raises(DataError, match="has no classes to tell apart"):
         probe.run(workdir, str(tmp_path), None, None, 5)
+    unfinished = shutil.copytree(workdir, tmp_path / "unfinished")
+    (unfinished / "summary.json").unlink()
+    with pytest.raises(CheckpointError, match="is not finished"):
+        probe.run(unfinished, None, None, None, 5)
     with pytest.raises(UsageError, match="--neighbors=2000 is more than the 1438 training images"):
         probe.run(workdir, None, None, None, 2000)

@@ -28,18 +28,18 @@ def train_batches(
 ) -> Batches:
     """Batch `t` of `steps`: the `train_view` of the images that `train_picks` names.
 
-    Images may come without labels. Raises TypeError for pixels that are not uint8, and as `train_picks`.
+    Rotations need no labels. Raises TypeError for pixels that are not uint8 or labels that are missing; see `train_picks`.
     """
     picks = train_picks(len(data["image"]), batch_size, steps, seed=seed, share=share)
-    return viewed(data, picks, partial(train_view, task=task, flip=flip, cutout=cutout))
+    return viewed(_checked(data, task), picks, partial(train_view, task=task, flip=flip, cutout=cutout))
 
 
 def train_picks(count: int, batch_size: int, steps: int, *, seed: int, share: slice | None = None) -> Batches:
     """The picks of `train_view`: which of `count` images go into batch `t` of `steps`.
 
     Images come in a new order on every pass (epoch) over the data, and batches straddle passes. `share` is what of each
-    batch is wanted here, by default this process's: what it has to `place`. Raises UsageError where a batch is larger than
-    the data.
+    batch is wanted here, by default what this process has to `place` on `data_mesh()`. Raises UsageError
+    where a batch is larger than the data.
     """
     check_fits(batch_size, count)
     share = _own(batch_size) if share is None else share
@@ -64,10 +64,10 @@ def eval_batches(
 ) -> Batches:
     """Every image once, in order, as it is, given to the task; the last batch is padded with images of weight 0.
 
-    Images may come without labels. Raises TypeError for pixels that are not uint8.
+    Rotations need no labels. Raises TypeError for pixels that are not uint8 or labels that are missing.
     """
     picks = eval_picks(len(data["image"]), batch_size, seed=seed, epoch=epoch, share=share)
-    return viewed(data, picks, partial(eval_view, task=task))
+    return viewed(_checked(data, task), picks, partial(eval_view, task=task))
 
 
 def eval_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: slice | None = None) -> Batches:
@@ -83,10 +83,19 @@ def eval_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: sli
 
 
 def viewed(data: Arrays, picks: Batches, view: Callable[[Arrays, Arrays], Arrays]) -> Batches:
-    """The batches `view(data, pick)`; raises TypeError for pixels that are not uint8."""
+    """The batches `view(data, pick)`."""
+    return picks.map(partial(view, data))
+
+
+def _checked(data: Arrays, task: tasks.Task) -> Arrays:
+    """`data`, with labels that say nothing where it has none and `task` asks for none."""
     if data["image"].dtype != np.uint8:
         raise TypeError(f"images are {data['image'].dtype}; give uint8 pixels, 0 to 255: the network normalises by itself")
-    return picks.map(partial(view, data if "label" in data else data | {"label": unlabelled(len(data["image"]))}))
+    if "label" in data:
+        return data
+    if task is tasks.classify:
+        raise TypeError("images have no 'label', i32 [N], to be classified by; give it, or another task")
+    return data | {"label": unlabelled(len(data["image"]))}
 
 
 def unlabelled(count: int) -> np.ndarray:

@@ -66,7 +66,8 @@ def _classes(folder: Path, root: Path) -> tuple[tuple[str, ...], list[Photograph
     beside, *images = ([file for file in files if _suffix(file) in _suffixes()] for files in (beside, *below.values()))
     within = sum(map(len, images))
     if 0 < within < len(beside):
-        unclassed(f"{shown(root)} has {len(beside):,} images beside its folders and {within:,} in them")
+        move = "to tell the folders apart move the others elsewhere"
+        unclassed(f"{shown(root)} has {len(beside):,} images beside its folders and {within:,} in them ({move})")
         beside, images = sorted(chain(beside, *images)), []
     tops = list(below) if any(images) else []
     if not tops and not beside:

@@ -41,4 +41,4 @@ def create(
     if stem not in get_args(StemName):
         raise UsageError(f"unknown stem {stem!r}; there are {', '.join(get_args(StemName))}")
     backbone = BACKBONES[name](stem=stem, width=width, dtype=dtype)
-    return Classifier(backbone, num_classes, mean, std, frozen, dtype)
+    return Classifier(backbone, num_classes, tuple(mean), tuple(std), tuple(frozen), dtype)

@@ -19,8 +19,8 @@ class Classifier(nn.Module):
 
     backbone: nn.Module
     num_classes: int
-    mean: tuple[float, float, float] = CIFAR10_MEAN
-    std: tuple[float, float, float] = CIFAR10_STD
+    mean: tuple[float, ...] = CIFAR10_MEAN
+    std: tuple[float, ...] = CIFAR10_STD
     frozen: tuple[str, ...] = ()
     dtype: jnp.dtype = jnp.float32
 
