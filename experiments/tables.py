@@ -170,8 +170,8 @@ def _probes(probed: Sequence[dict], scores: Mapping[str, float]) -> list[str]:
         title = (
             f"## Features of {one['run']}{other}\n\nAccuracy in % on {one['tested_on']} of {one['dataset']}, from the mean "
             f"over each stage's map, by `python -m experiments.probe`:\nlogistic regression, and the "
-            f"{one['neighbors']} nearest of {one['train_images']:,} images. random: random weights; trained: those of a run with {one['accuracy']:.2f} % "
-            "at its own task."
+            f"{one['neighbors']} nearest of {one['train_images']:,} images. random: random weights; trained: those of a run "
+            f"with {one['accuracy']:.2f} % at its own task."
         )
         networks = ("random", "trained")
         header = ["stage", "values", *(f"{kind}, {network}" for kind in PROBES for network in networks)]
