@@ -201,8 +201,13 @@ def page(folder: Path) -> str:
         results = {path.stem: json.loads(path.read_text()) for path in backend.glob("*.json")}
         there |= results.keys()
         facts = sorted({_facts(result) for result in results.values()})
-        lines = [_line(row, results[row.name]) for row in ROWS if row.name in results]
-        parts += [f"## {backend.name.upper()}", *facts, table(("row", "ratio", "goal", "here", "rotjax", "other"), lines)]
+        measured = [(row, results[row.name]) for row in ROWS if row.name in results]
+        lines = [(*_line(row, result), result["versions"]["jax"]) for row, result in measured]
+        parts += [
+            f"## {backend.name.upper()}",
+            *facts,
+            table(("row", "ratio", "goal", "here", "rotjax", "other", "jax"), lines),
+        ]
         parts += [f"- {name}: {why}" for name, why in SLOW.items() if name in results and not _met(name, results[name])]
     tried = [
         (one["change"], one["predicted"], one["outcome"], "yes" if one["kept"] else "no")
