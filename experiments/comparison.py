@@ -45,6 +45,9 @@ def subset_curves(outcomes: Sequence[Outcome]) -> Figure | None:
     if not axes.lines:
         return None
     axes.set(xscale="log", xlabel="training images", ylabel="test accuracy in %")
+    sizes = [10 * count for count in (*SUBSETS, WHOLE)]
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])  # matplotlib's own are powers, in the notation of mathematics
+    axes.minorticks_off()
     axes.legend()
     return figure
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import outcomes, reproduce, tables
+from experiments import comparison, outcomes, reproduce, tables
 from experiments.rows import ROWS, STRONG, Run, runs, shortened
 from rotjax import optim
 from rotjax.errors import DataError, UsageError
@@ -140,6 +140,14 @@ def test_the_table_holds_the_mean_over_seeds_and_says_what_is_outside(tmp_path):
         results.append(dataclasses.replace(result, seed=seed, summary=result.summary | {"accuracy": accuracy}))
     line = next(line for line in tables.readme(results).splitlines() if line.startswith("| 3a"))
     assert "**82.00 ± 1.41** | 2 | -2.11 | 83.1 to 85.1, **outside**" in line
+
+
+def test_the_curves_over_subsets_count_images_in_plain_numbers():
+    figure = comparison.subset_curves(outcomes.load(outcomes.RESULTS))
+    assert figure
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["200", "1,000", "4,000", "10,000", "50,000"]
+    assert len(axes.get_xticklabels(minor=True)) == 0
 
 
 def test_settings_out_of_range_are_refused(tmp_path):
