@@ -292,7 +292,7 @@ def test_P6_a_gpu_that_jax_does_not_see_is_refused(monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(jax, "devices", devices)
-    with pytest.raises(UsageError, match=r"\(it sees none\); install rotjax\[cuda12\]"):
+    with pytest.raises(UsageError, match=r"\(it sees none\); install jax\[cuda12\]"):
         parallel.check_devices()
 
 
