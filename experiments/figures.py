@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 import rotjax
 from experiments import plots
 from rotjax import parallel
-from rotjax.data import tasks
 from rotjax.planning import Plan
+from rotjax.scoring import eval_task
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class _Run:
     def views(self, data: dict, epoch: int = 0) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
         """Each image of `data`, for rotations on a turn that `epoch` decides, its label, and the network's probabilities."""
         recipe = self.plan.recipe
-        task = tasks.random_turn if recipe.job == "rotation" else tasks.classify
+        task = eval_task(recipe)
         everything = slice(None)  # in each of several processes, which draw the same
         batches = rotjax.eval_batches(data, task, recipe.batch_size, seed=recipe.seed, epoch=epoch, share=everything)
         with closing(rotjax.read(batches)) as reader:
