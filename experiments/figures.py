@@ -22,6 +22,7 @@ from experiments import plots
 from rotjax import parallel
 from rotjax.planning import Plan
 from rotjax.scoring import eval_task
+from rotjax.workdirs import read_summary
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def _predictions(run: _Run) -> Figure:
 
 def _confusion(run: _Run) -> Figure:
     recipe, images = run.plan.recipe, len(run.plan.data.test["label"])
-    matrix = np.array(json.loads((run.workdir / "summary.json").read_text())["confusion"])
+    matrix = np.array(read_summary(run.workdir)["confusion"])
     views = f"all four turns of {images:,}" if recipe.job == "rotation" else f"{images:,}"
     title = f"Predicted {_what(recipe)}: {np.trace(matrix) / matrix.sum():.2%} right"
     return plots.confusion(matrix, recipe.classes, title, f"{_data(recipe)}: {views} {recipe.tested_on}")

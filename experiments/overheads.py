@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 
 import rotjax
 from experiments import speed
+from rotjax.workdirs import read_summary
 
 
 def epoch_and_steps() -> speed.Sides:
@@ -29,7 +29,7 @@ def epoch_and_steps() -> speed.Sides:
     def epoch() -> float:
         with tempfile.TemporaryDirectory() as folder:
             list(rotjax.train(plan, folder))
-            return json.loads((Path(folder) / "summary.json").read_text())["images_per_second"]
+            return read_summary(Path(folder))["images_per_second"]
 
     return epoch, speed.train_rate("resnet18", "imagenet")
 

@@ -17,11 +17,10 @@ from experiments.outcomes import PROBES, accuracy
 from experiments.report import say
 from rotjax import parallel
 from rotjax.data import sources
-from rotjax.errors import CheckpointError, DataError, UsageError
-from rotjax.manifests import read_json
+from rotjax.errors import DataError, UsageError
 from rotjax.recipe import check
 from rotjax.run import versions
-from rotjax.workdirs import read_recipe, write_json
+from rotjax.workdirs import read_recipe, read_summary, write_json
 
 
 def main() -> int:
@@ -58,7 +57,7 @@ def run(pretrained: Path, dataset: str | None, image_size: int | None, data_dir:
         raise UsageError(f"--neighbors={neighbors} is too small; it is at least 1")
     command.check_folder("data_dir", data_dir)
     parallel.check_devices()
-    recipe = read_recipe(pretrained)
+    recipe, summary = read_recipe(pretrained), read_summary(pretrained)
     size, name = recipe.image_size if image_size is None else image_size, dataset or recipe.dataset
     check(dataclasses.replace(recipe, dataset=name, image_size=size))
     data = sources.load(name, image_size=size, data_dir=data_dir, progress=command.decoding)
@@ -70,12 +69,10 @@ def run(pretrained: Path, dataset: str | None, image_size: int | None, data_dir:
         raise DataError(f"{data.name} has no classes to tell apart; name a set that has, --dataset")
     if neighbors > train:
         raise UsageError(f"--neighbors={neighbors} is more than the {train} training images; lower it")
-    if not (pretrained / "summary.json").exists():
-        raise CheckpointError(f"{pretrained} is not finished; let it train to its end")
-    summary = read_json(pretrained / "summary.json")
     command.cache_compilations()
     model, trained, _ = rotjax.load(pretrained)
     networks = {"random": rotjax.init_variables(model, recipe.seed, recipe.image_size), "trained": trained}
+    say(f"computing features of {train + test:,} images")
     say(f"accuracy in % on {test:,} {tested_on}, learnt from {train:,} training images\n")
     say(f"{'':8}{'vector':>8}{'linear':>19}{f'{neighbors} neighbors':>21}")
     say(f"{'stage':8}{'length':>8}{'random':>11}{'trained':>8}{'random':>13}{'trained':>8}")

@@ -1,6 +1,5 @@
 """What a person sees of a run, in plain ASCII: its progress, a row per epoch, a summary on stdout, warnings on stderr."""
 
-import json
 import logging
 import os
 import shlex
@@ -19,6 +18,7 @@ from rotjax.errors import launcher
 from rotjax.planning import Plan
 from rotjax.presets import REPORT
 from rotjax.recipe import Recipe
+from rotjax.workdirs import read_summary
 
 HEADER = "epoch   train loss   train accuracy   test loss   test accuracy   elapsed"
 FILES = ("recipe.json", "metrics.jsonl", "summary.json", "checkpoints/", *figures.NAMES)
@@ -147,8 +147,7 @@ class Progress:
 
 def summarise(workdir: Path, plan: Plan, data_dir: Path | None = None) -> None:
     """Prints the final figures of the run in `workdir`, where everything is, and what to do next."""
-    summary = json.loads((workdir / "summary.json").read_text())
-    block = facts(summary)
+    block = facts(read_summary(workdir))
     width = max(len(name) for name, _ in block) + 3
     say("")
     for name, value in block:

@@ -18,7 +18,7 @@ from rotjax.errors import UsageError
 from rotjax.presets import Preset
 from rotjax.recipe import NETWORK, Classification
 from rotjax.recipe_json import to_json
-from rotjax.workdirs import read_recipe, write_json
+from rotjax.workdirs import read_recipe, read_summary, write_json
 
 EPOCH_IMAGES = {"cifar10": 50_000, "imagenette": 9_469}  # what an estimate counts with
 PICTURED = {  # what is kept of a run's figures among the results, and as what
@@ -121,10 +121,10 @@ def carry_out(run: Run, settings: Settings) -> None:
         "commit": commit(),
         "data_note": settings.data_note,
         "recipe": to_json(read_recipe(workdir)),
-        "summary": _summary(run, settings),
+        "summary": read_summary(workdir),
     }
     if run.after:
-        result["pretext"] = accuracy(_summary(run.after, settings))
+        result["pretext"] = accuracy(read_summary(settings.workdirs / run.after.name))
     folder = settings.results / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(workdir / "metrics.jsonl", folder / f"{run.name}.jsonl")
@@ -132,10 +132,6 @@ def carry_out(run: Run, settings: Settings) -> None:
     for name, kept in PICTURED.get(run.name, {}).items():
         shutil.copyfile(workdir / name, settings.results / kept)
     tables.write(settings.results)
-
-
-def _summary(run: Run, settings: Settings) -> dict:
-    return json.loads((settings.workdirs / run.name / "summary.json").read_text())
 
 
 def done(run: Run, settings: Settings) -> bool:
@@ -154,7 +150,7 @@ def overview(asked: Sequence[Run], settings: Settings, running: Run | None = Non
     for run in asked:
         steps, total = progress(run, settings.workdirs)
         if done(run, settings):
-            summary = _summary(run, settings)
+            summary = read_summary(settings.workdirs / run.name)
             state = f"{accuracy(summary):.2f}%"
             speeds += [summary["images_per_second"] * cost(run)] if summary["images_per_second"] else []
         else:

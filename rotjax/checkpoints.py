@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from rotjax import manifests, parallel
 from rotjax.errors import CheckpointError, in_bytes
 from rotjax.training import TrainState
-from rotjax.transfer import part
+from rotjax.transfer import joined, part
 
 log = logging.getLogger(__name__)
 
@@ -98,11 +98,8 @@ def wait(checkpoints: Checkpoints) -> None:
 def restore(directory: Path, step: int, state: TrainState) -> TrainState:
     """The checkpoint of `step`, in the shapes and shardings of `state`."""
     parts = load_parts(directory, step, _parts(state))
-    collections = {c: {} for c in state.variables}
-    for name in ("backbone", "head"):
-        for collection, tree in parts[name].items():
-            collections[collection][name] = tree
-    return TrainState(variables=collections, **parts["optimizer"])
+    rest = parts.pop("optimizer")
+    return TrainState(variables=joined(parts), **rest)
 
 
 def newest(directory: Path) -> int | None:

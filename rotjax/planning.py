@@ -16,7 +16,7 @@ from rotjax.errors import DataError, UsageError
 from rotjax.models import Classifier
 from rotjax.parallel import check_batch, data_mesh, replicated
 from rotjax.recipe import NETWORK, Classification, Recipe, check
-from rotjax.transfer import part
+from rotjax.transfer import joined, part
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +105,7 @@ def load(workdir: str | Path) -> tuple[Classifier, dict, Recipe]:
     workdir = Path(workdir)
     recipe = workdirs.read_recipe(workdir)
     step = checkpoints.latest_step(workdir / "checkpoints")
-    variables: dict = {}
-    for name, collections in _load_parts(recipe, workdir, step, "backbone", "head").items():
-        for collection, tree in collections.items():
-            variables.setdefault(collection, {})[name] = tree
-    return recipe.model(), variables, recipe
+    return recipe.model(), joined(_load_parts(recipe, workdir, step, "backbone", "head")), recipe
 
 
 def _inherit(recipe: Classification, donor: Path) -> tuple[Classification, int]:

@@ -115,18 +115,6 @@ def train(
         views = (plan.steps - first) * recipe.views
         summary = scores | {
             "images_per_second": round(views / seconds, 1) if views else None,
-            "epochs": plan.epochs,
-            "steps": plan.steps,
-            "tested_on": recipe.tested_on,
-            "dataset": recipe.dataset,
-            "train_images": len(plan.data.train["label"]),
-            "test_images": len(plan.data.test["label"]),
-            "backbone": recipe.backbone,
-            "stem": recipe.stem,
-            "width": recipe.width,
-            "seed": recipe.seed,
-            "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
-            "versions": versions("rotjax", "jax", "flax", "optax"),
             "wall_seconds": round(time.perf_counter() - began, 1),
             "resumed_from": first or None,
         }
@@ -134,7 +122,26 @@ def train(
             checkpoints.wait(saved)
             if parallel.primary():
                 claim()
-                workdirs.write_json(workdir / "summary.json", summary)
+                workdirs.write_json(workdir / "summary.json", summary | _facts(plan, mesh))
+
+
+def _facts(plan: Plan, mesh: Mesh) -> dict:
+    """What a summary says of the run besides its scores and times."""
+    recipe = plan.recipe
+    return {
+        "epochs": plan.epochs,
+        "steps": plan.steps,
+        "tested_on": recipe.tested_on,
+        "dataset": recipe.dataset,
+        "train_images": len(plan.data.train["label"]),
+        "test_images": len(plan.data.test["label"]),
+        "backbone": recipe.backbone,
+        "stem": recipe.stem,
+        "width": recipe.width,
+        "seed": recipe.seed,
+        "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "versions": versions("rotjax", "jax", "flax", "optax"),
+    }
 
 
 def versions(*names: str) -> dict[str, str]:

@@ -11,6 +11,12 @@ def part(variables: dict, name: str) -> dict:
     return {collection: tree[name] for collection, tree in variables.items() if name in tree}
 
 
+def joined(parts: dict[str, dict]) -> dict:
+    """The variables whose `part`s, by name, are `parts`."""
+    collections = dict.fromkeys(collection for tree in parts.values() for collection in tree)
+    return {c: {name: tree[c] for name, tree in parts.items() if c in tree} for c in collections}
+
+
 def graft(variables: dict, name: str, donor: dict) -> dict:
     """`variables` with `donor`, another network's `part`, in the place of its own `name`.
 

@@ -36,6 +36,19 @@ def read_recipe(workdir: Path) -> Recipe:
     return from_json(values, str(path))
 
 
+def read_summary(workdir: Path) -> dict:
+    """What the finished run in `workdir` came to; raises CheckpointError where it is not finished, or this is damaged."""
+    path = workdir / "summary.json"
+    try:
+        if not isinstance(summary := read_json(path), dict):
+            raise ValueError("it is no summary")
+    except FileNotFoundError:
+        raise CheckpointError(f"{workdir} is not finished; let it train to its end") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); remove it, the same command writes it again") from error
+    return summary
+
+
 def check_vacant(workdir: Path, recipe: Recipe) -> None:
     """Raises UsageError for a folder of another recipe or of something else, CheckpointError for one that cannot be read.
 

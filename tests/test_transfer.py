@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 import rotjax
+from rotjax import transfer
 from rotjax.errors import UsageError
 from rotjax.training import init_variables
 
@@ -18,6 +19,13 @@ def test_a_graft_takes_the_backbone_and_leaves_the_head():
     jax.tree.map(np.testing.assert_array_equal, rotjax.part(grafted, "backbone"), rotjax.part(donor, "backbone"))
     jax.tree.map(np.testing.assert_array_equal, rotjax.part(grafted, "head"), rotjax.part(classifier, "head"))
     jax.tree.map(np.testing.assert_array_equal, before, classifier)
+
+
+def test_parts_are_joined_to_what_they_were_taken_from():
+    variables = network(4)
+    parts = {name: rotjax.part(variables, name) for name in ("backbone", "head")}
+    assert "batch_stats" not in parts["head"]
+    jax.tree.map(np.testing.assert_array_equal, transfer.joined(parts), variables)
 
 
 def test_a_part_that_does_not_fit_is_refused_naming_the_first_difference():
