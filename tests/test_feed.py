@@ -233,3 +233,21 @@ def test_what_is_not_said_suits_the_devices(plan, monkeypatch):
     assert feeds.choose(plan, "host", 1024, 0).steps == plan.epoch_steps
     with pytest.raises(UsageError, match="--threads=-1 is out of range; it is at least 0 and here at most 1024"):
         feeds.choose(plan, None, None, -1)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_several_steps_lower_for_an_accelerator_as_one_loop(platform, monkeypatch):
+    """As far as a CPU can tell: crops, turns and steps in bfloat16, without what has no deterministic form on GPUs."""
+    model, optimizer = rotjax.create("resnet18", 4, width=2, dtype=jax.numpy.bfloat16), optim.sgd(0.1, 5e-4)
+    state = rotjax.init_state(optimizer, rotjax.init_variables(model, 0, 32))
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    data = {"image": jax.ShapeDtypeStruct((9, 32, 32, 3), np.uint8), "label": jax.ShapeDtypeStruct((9,), np.int32)}
+    kinds = {"seed": np.uint32, "epoch": np.int32, "index": np.int32}
+    picks = {name: jax.ShapeDtypeStruct((5, 8), dtype) for name, dtype in kinds.items()}
+    make = partial(rotjax.data.augmentation.train_view, task=tasks.all_turns, flip=True, cutout=0.4)
+    steps = training.train_steps(model, optimizer, None, make).trace(state, picks, data)
+    text = steps.lower(lowering_platforms=(platform,)).as_text()
+    convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+    assert len(convolutions) == 20 + 20 + 19  # forwards, kernels' gradients, maps' but the pixels': the loop is not unrolled
+    assert all("tensor<32x" in line and line.count("xbf16>") == 3 for line in convolutions)
+    assert "stablehlo.while" in text and "select_and_scatter" not in text
