@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums
 from tqdm import tqdm
 
-from rotjax.errors import DataError, UsageError
+from rotjax.errors import DataError, UsageError, reason
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +57,13 @@ def verify(archive: Archive, path: Path) -> None:
         with open(path, "rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); give another copy of {archive.url}") from error
+        raise DataError(f"{path} cannot be read ({reason(error)}); give another copy of {archive.url}") from error
     if checksum != archive.checksum:
         raise DataError(f"{path} has the SHA-256 {checksum}, expected {archive.checksum}; fetch {archive.url} again")
 
 
 def fetch(archive: Archive, path: Path) -> None:
-    """Sees to it that `path` is `archive`: downloads it where it is not, going on with `<path>.partial` if there is one.
+    """Sees to it that `path` is `archive`: downloads it where it is not, resuming from `<path>.partial` if there is one.
 
     Shows a bar on stderr where that is a terminal. Raises DataError where the server is out of reach or falls silent, and
     keeps the part that has come; where what has come is not `archive`, nothing is kept.
@@ -104,7 +104,7 @@ def _download(archive: Archive, partial: Path) -> None:
             elif (wait := next(waits, None)) is not None:
                 time.sleep(wait)
             else:
-                again = f"the same command goes on, {_share(have, archive)}" if have else "try again"
+                again = f"the same command resumes, {_share(have, archive)}" if have else "try again"
                 other = "or fetch that file by other means and add --archive=FILE"
                 raise DataError(f"{archive.url} cannot be downloaded ({problem}); {again}, {other}")
 

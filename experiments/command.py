@@ -20,10 +20,10 @@ from tqdm import tqdm
 import rotjax
 from experiments import figures, report
 from rotjax import checkpoints, feed, parallel, presets
-from rotjax.data.sources import DEFAULTS
-from rotjax.errors import DesertedError, RotjaxError, Stopped, UsageError
+from rotjax.errors import DesertedError, RotjaxError, Stopped, UsageError, reason
 from rotjax.feed import Where
 from rotjax.recipe import NETWORK
+from rotjax.run import check_cadence
 from rotjax.workdirs import ENDING
 
 log = logging.getLogger(__name__)
@@ -43,10 +43,10 @@ HOW = ("log_steps", "checkpoint_seconds", "augment", "steps_per_dispatch", "thre
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run is carried out, which changes nothing in its weights."""
+    """How a run is executed; not part of the recipe: it can change floating-point rounding only."""
 
     workdir: Annotated[Path | None, default("runs/<job>-<dataset>-<backbone>-<hash of the recipe>")] = None
-    """Folder of the run; the same command goes on with what is there."""
+    """Folder of the run; the same command resumes from its last checkpoint."""
     data_dir: DataDir = None
     """Folder of data sets prepared for TFDS."""
     log_steps: int = 50
@@ -56,12 +56,12 @@ class Execution:
     augment: Annotated[Where | None, default("device on a GPU or TPU with memory for the images, else host")] = None
     """Where images are cropped, mirrored and turned: the same, to the byte."""
     steps_per_dispatch: Annotated[int | None, default("1 on a CPU, else up to 32")] = None
-    """Steps that the devices take by themselves, between two glances at signals and checkpoints."""
+    """Train steps per device dispatch; signals and checkpoints are handled between dispatches."""
     threads: Annotated[int | None, default("0 on a CPU, else 1")] = None
     """Threads that read batches ahead; 0: none is read ahead."""
     distributed: bool = False
-    """One of many processes: of SLURM, Open MPI, Kubernetes, a TPU pod, or as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID say. The workdir is a folder that all share."""
+    """Run as one of several processes, found from SLURM, Open MPI, Kubernetes or a TPU pod, else JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID. All must see the same workdir."""
 
 
 def main(kind: type[rotjax.Recipe]) -> int:
@@ -101,11 +101,11 @@ def _without_value(args: Sequence[str]) -> str:
 def check_folder(flag: str, path: Path | None, there: bool = False) -> None:
     """Raises UsageError where `path`, the value of `flag`, can be no folder, or is none although it has to be `there`."""
     try:
-        reason = "" if path is None or path.is_dir() else "it is a file" if path.exists() else "it does not exist" * there
+        problem = "" if path is None or path.is_dir() else "it is a file" if path.exists() else "it does not exist" * there
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-    if reason:
-        raise UsageError(f"--{flag}={path} is no folder ({reason}); name another")
+        problem = reason(error)
+    if problem:
+        raise UsageError(f"--{flag}={path} is no folder ({problem}); name another")
 
 
 def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
@@ -115,7 +115,8 @@ def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
         if name == "classes":
             annotations[name] = Annotated[hint, tyro.conf.Suppress]
         elif getattr(kind, name, 0) is None:
-            report, others = presets.REPORT[kind.job], DEFAULTS | {"strong": presets.STRONG[kind.job], "sgd": presets.SGD}
+            report, strong = presets.REPORT[kind.job], presets.STRONG[kind.job]
+            others = presets.DATASETS | {"strong": strong, "sgd": presets.SGD}
             words = [str(report[name])] if name in report else []
             words += [f"{other} {own[name]}" for other, own in others.items() if name in own]
             words += ["the pretrained network's"] if name in NETWORK and kind is rotjax.Classification else []
@@ -136,7 +137,7 @@ def guarded(job) -> int:
         with report.listening(), parallel.deserted():
             job()
     except KeyboardInterrupt:
-        return _failed(Stopped("stopped; the same command goes on"))
+        return _failed(Stopped("stopped; the same command resumes"))
     except RotjaxError as error:
         return _failed(error)
     except jax.errors.JaxRuntimeError as error:
@@ -173,8 +174,7 @@ def run(recipe: rotjax.Recipe, execution: Execution) -> None:
 
 def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Plan]:
     """The workdir of `recipe`, trained under a progress bar, with figures beside the run's files; and its plan."""
-    if execution.log_steps < 1 or not execution.checkpoint_seconds >= 0:
-        raise UsageError("--log_steps is at least 1 and --checkpoint_seconds at least 0")
+    check_cadence(execution.log_steps, execution.checkpoint_seconds)
     if execution.distributed:
         parallel.join()
     parallel.check_devices()

@@ -15,6 +15,7 @@ import numpy as np
 import rotjax
 from experiments import command, tables
 from experiments.outcomes import RESULTS
+from experiments.peers import augmented, networks
 from experiments.report import say
 from experiments.rows import Run, runs
 from rotjax.data import sources
@@ -22,8 +23,6 @@ from rotjax.errors import DataError, UsageError
 from rotjax.recipe import Classification, Rotation
 from rotjax.torchvision import export_weights
 from rotjax.workdirs import write_json
-
-LIBRARIES = []  # of torch's operators, whose definitions live as long as they do
 
 
 def main() -> int:
@@ -48,21 +47,6 @@ def main() -> int:
     return command.cli(control, "control")
 
 
-def networks() -> Any:
-    """`torchvision.models`, also where torch's build is not the one that torchvision's compiled operators are for."""
-    import torch
-
-    try:
-        import torchvision
-    except RuntimeError:  # it registers properties of operators that nobody has defined
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        LIBRARIES.append(library)
-        import torchvision
-    return torchvision.models
-
-
 def carry_out(name: str, workdirs: Path, results: Path, data_dir: Path | None) -> None:
     """Trains the run `name` and leaves a row per epoch and the result in `results/controls`."""
     run = next((run for run in runs(seeds=3) if run.name == name), None)
@@ -76,7 +60,7 @@ def carry_out(name: str, workdirs: Path, results: Path, data_dir: Path | None) -
     except ImportError as error:
         raise DataError(f"{error}; the control needs torch and torchvision") from error
     recipe = run.recipe.resolved()
-    data = sources.load(recipe.dataset, image_size=recipe.image_size or 32, data_dir=data_dir, progress=command.decoding)
+    data = sources.load(recipe.dataset, image_size=recipe.image_size, data_dir=data_dir, progress=command.decoding)
     rows, began = [], time.perf_counter()
     for row in train(run, data, workdirs):
         rows.append(row)
@@ -121,7 +105,7 @@ def train(run: Run, data: rotjax.Dataset, workdirs: Path):
         model.train()
         order, correct = rng.permutation(count)[: count // recipe.batch_size * recipe.batch_size], 0
         for index in order.reshape(-1, recipe.batch_size):
-            images = np.stack([_augmented(data.train["image"][i], rng) for i in index])
+            images = np.stack([augmented(data.train["image"][i], rng) for i in index])
             labels = data.train["label"][index].astype(np.int64)
             if turning:
                 labels = rng.integers(0, 4, len(index))
@@ -151,15 +135,6 @@ def _model(run: Run, num_classes: int, workdirs: Path) -> Any:
         for key, parameter in model.named_parameters():
             parameter.requires_grad = key.startswith(("layer4.", "fc."))
     return model
-
-
-def _augmented(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A crop of the image padded with black by an eighth, 4 pixels of 32, and a flip."""
-    size, padding = len(image), len(image) // 8
-    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
-    row, column = rng.integers(0, 2 * padding + 1, 2)
-    crop = padded[row : row + size, column : column + size]
-    return crop[:, ::-1] if rng.random() < 0.5 else crop
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What rotjax is measured against: PyTorch's train step, and Grain's pipeline as one would first write it."""
+"""What rotjax is compared with: torchvision's networks by PyTorch, and Grain's pipeline as one would first write it."""
 
 import time
 from collections.abc import Callable
@@ -7,11 +7,27 @@ from typing import Any
 import grain
 import numpy as np
 
-from experiments.control import networks
 from rotjax.data.batches import Arrays
 from rotjax.models.classifier import CIFAR10_MEAN, CIFAR10_STD
 
+LIBRARIES = []  # of torch's operators, whose definitions live as long as they do
+
 Timed = Callable[[int], float]  # count -> seconds that so many take
+
+
+def networks() -> Any:
+    """`torchvision.models`, also where torch's build is not the one that torchvision's compiled operators are for."""
+    import torch
+
+    try:
+        import torchvision
+    except RuntimeError:  # it registers properties of operators that nobody has defined
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        LIBRARIES.append(library)
+        import torchvision
+    return torchvision.models
 
 
 def torch_step(name: str, stem: str, batch: Arrays, *, dtype: str = "float32", compiled: bool = False) -> Timed:
@@ -64,17 +80,20 @@ def _stemmed(model: Any, stem: str) -> Any:
 
 def naive_batches(data: Arrays, batch_size: int, options: grain.ReadOptions | None) -> grain.DatasetIterator[Arrays]:
     """Crop, flip and random rotation an image at a time, batched by Grain and read as `options` say, or its defaults."""
-    padding = data["image"].shape[1] // 8
 
     def augment(element: dict, rng: np.random.Generator) -> dict:
-        image, size = element["image"], len(element["image"])
-        padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
-        row, column = rng.integers(0, 2 * padding + 1, 2)
-        image = padded[row : row + size, column : column + size]
-        image = image[:, ::-1] if rng.random() < 0.5 else image
-        turn = int(rng.integers(4))
+        image, turn = augmented(element["image"], rng), int(rng.integers(4))
         return {"image": np.rot90(image, turn).copy(), "label": np.int32(turn)}
 
     elements = [{"image": image} for image in data["image"]]
     dataset = grain.MapDataset.source(elements).seed(0).shuffle().repeat().random_map(augment).batch(batch_size)
     return iter(dataset.to_iter_dataset(options))
+
+
+def augmented(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A crop of the image padded with black by an eighth, 4 pixels of 32, and a flip."""
+    size, padding = len(image), len(image) // 8
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    row, column = rng.integers(0, 2 * padding + 1, 2)
+    crop = padded[row : row + size, column : column + size]
+    return crop[:, ::-1] if rng.random() < 0.5 else crop

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from rotjax.errors import CheckpointError
+from rotjax.errors import CheckpointError, reason
 
 BLUE, VERMILLION, INK, GREY, FAINT = "#0072b2", "#d55e00", "#222222", "#666666", "#bbbbbb"  # Okabe and Ito's, and greys
 STYLE = {
@@ -129,7 +129,7 @@ def save(figure: Figure, path: Path) -> None:
         Image.open(drawn).convert("RGB").quantize(256).save(partial, format="png", optimize=True)
         partial.replace(path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be written ({error.strerror}); the same command draws it again") from error
+        raise CheckpointError(f"{path} cannot be written ({reason(error)}); the same command draws it again") from error
 
 
 def titled(size: tuple[float, float], title: str, caption: str = "", dpi: int = 120) -> Figure:

@@ -23,7 +23,7 @@ from experiments.command import DataDir, check_folder, cli, guarded
 from experiments.report import say
 from rotjax.data import catalogue, prepared
 from rotjax.errors import DataError, UsageError, launcher
-from rotjax.locks import held
+from rotjax.locks import locked
 
 log = logging.getLogger("experiments.prepare")  # __name__ is "__main__" where it is run
 
@@ -52,7 +52,7 @@ def main() -> int:
             dataset: Which.
             archive: The data set's archive if it is on disk already; downloaded if not given.
             data_dir: TFDS's folder of prepared data sets.
-            image_size: Imagenette comes in three sizes: the least with so many pixels, 160 if not given.
+            image_size: Imagenette only: the smallest of its three versions with at least this side, 160 if not given.
         """
         return guarded(lambda: run(dataset, archive, data_dir, image_size))
 
@@ -97,7 +97,7 @@ def prepare(
     try:
         _check_space(data_dir, archive.size + (0 if file else lacking(archive, download)))
         download.parent.mkdir(parents=True, exist_ok=True)
-        with held(download.with_name(f"{archive.filename}.lock"), archive.filename):
+        with locked(download.with_name(f"{archive.filename}.lock"), archive.filename):
             if not file:
                 fetch(archive, file := download)
                 log.info(f"{file} is there; once {name} is prepared it may be removed")

@@ -35,9 +35,9 @@ def main() -> int:
     ) -> int:
         """Measure how well classes can be read from each stage of a trained network, without training it further.
 
-        An image becomes the mean over a stage's map. Logistic regression and nearest neighbours learn the classes from these
-        vectors of the training images and are scored on those of the test images; beside them the same for random weights.
-        The scores are left in the workdir, in probe-<dataset>.json.
+        Features are the spatial mean of each stage's map. Logistic regression and k-nearest neighbours are fitted to those
+        of the training images and scored on those of the test images; the same is done for randomly initialised weights.
+        The scores are written to probe-<dataset>.json in the workdir.
 
         Args:
             pretrained: Workdir of the run whose network it is.

@@ -16,7 +16,7 @@ from experiments import command
 from experiments.outcomes import RESULTS
 from experiments.report import say
 from experiments.tables import table
-from rotjax.errors import DataError, UsageError
+from rotjax.errors import DataError, UsageError, reason
 from rotjax.run import versions
 from rotjax.workdirs import write_json
 
@@ -81,7 +81,7 @@ def _cases(path: Path) -> list[ElementTree.Element]:
     try:
         return list(ElementTree.parse(path).iter("testcase"))
     except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); name what pytest --junitxml=FILE wrote") from error
+        raise UsageError(f"{path} cannot be read ({reason(error)}); name what pytest --junitxml=FILE wrote") from error
     except ElementTree.ParseError as error:
         raise DataError(f"{path} is not what pytest --junitxml=FILE writes ({error}); run the tests again") from error
 

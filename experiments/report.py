@@ -13,10 +13,9 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from experiments import figures
-from rotjax.data.sources import defaults
+from rotjax import presets
 from rotjax.errors import launcher
 from rotjax.planning import Plan
-from rotjax.presets import REPORT
 from rotjax.recipe import Recipe
 from rotjax.workdirs import read_summary
 
@@ -108,7 +107,7 @@ class Progress:
     def show(self, row: dict) -> None:
         """Moves the bar to the step of `row`, a row of metrics.jsonl; a row of an epoch becomes one of the table."""
         step, now = row["step"], time.perf_counter()
-        if self.last is None:  # only now is it known where a resumed run goes on from
+        if self.last is None:  # only now is it known where a run resumes from
             self.bar.close()
             self.bar, self.last = self._bar(step), (step, now)
         elif now - self.last[1] > 0.05:  # else the row is of the same dispatch
@@ -181,7 +180,7 @@ def facts(summary: dict) -> list[tuple[str, str]]:
 
 def network(facts: Mapping[str, Any]) -> str:
     """The network in words: its backbone, its stem, and its width where that is not the published one."""
-    width = f", width {facts['width']}" if facts["width"] != REPORT["rotation"]["width"] else ""
+    width = f", width {facts['width']}" if facts["width"] != presets.REPORT["rotation"]["width"] else ""
     return f"{facts['backbone']}, {facts['stem']} stem{width}"
 
 
@@ -191,7 +190,7 @@ def next_step(workdir: Path, plan: Plan, data_dir: Path | None = None) -> str:
         return f'use it in Python:\n  model, variables, recipe = rotjax.load("{workdir}")'
     dataset = plan.recipe.dataset if len(plan.data.classes) > 1 else "FOLDER_WITH_A_FOLDER_PER_CLASS"
     recipe, flags = plan.recipe, dict[str, Any](pretrained=workdir, dataset=dataset)
-    if recipe.image_size != defaults(recipe.dataset)["image_size"]:
+    if recipe.image_size != presets.of_dataset(recipe.dataset)["image_size"]:
         flags["image_size"] = recipe.image_size
     if recipe.preset != Recipe.preset:
         flags["preset"] = recipe.preset

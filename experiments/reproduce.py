@@ -13,7 +13,6 @@ from experiments import command, tables
 from experiments.outcomes import RESULTS, accuracy
 from experiments.report import say
 from experiments.rows import Run, runs, shortened
-from rotjax.data.sources import defaults
 from rotjax.errors import UsageError
 from rotjax.presets import Preset
 from rotjax.recipe import NETWORK, Classification
@@ -37,13 +36,13 @@ class Settings:
     only: str = ""
     """Rows, or runs as --list names them, separated by commas; what they start from is added. Everything if not given."""
     seeds: int = 1
-    """Of the ResNet18 rows; the others run under one."""
+    """Number of seeds, for rows 1 to 3b and S1 to S3b only."""
     list: bool = False
     """Show what is done, under way and left, and run nothing."""
     max_steps: int | None = None
     """Stop every run after so many steps: a trial, which the tables keep apart."""
     workdirs: Path = Path("runs/reproduce")
-    """Folder of the workdirs: what is complete there is done, what was interrupted goes on."""
+    """Folder of the workdirs: complete runs are skipped, interrupted ones resume."""
     results: command.ResultsDir = RESULTS
     """Folder of the results: a JSON and a metrics file for every run, the tables and figures made from them."""
     data_dir: command.DataDir = None
@@ -102,13 +101,13 @@ def check_prepared(left: Sequence[Run], data_dir: Path | None) -> None:
     from rotjax.data import catalogue
 
     for run in left:
-        recipe = run.recipe.resolved(**defaults(run.recipe.dataset))
+        recipe = run.recipe.resolved()
         if recipe.dataset != "digits":
             catalogue.newest(catalogue.qualified(recipe.dataset, recipe.image_size), catalogue.home(data_dir))
 
 
 def carry_out(run: Run, settings: Settings) -> None:
-    """Trains `run`, goes on with it, or finds it complete; leaves its result among the others and the tables new."""
+    """Trains or resumes `run`, or finds it complete; writes its result, and the tables anew."""
     recipe, workdir = run.recipe, settings.workdirs / run.name
     if run.after and isinstance(recipe, Classification):
         recipe = dataclasses.replace(recipe, pretrained=str(settings.workdirs / run.after.name))
@@ -139,7 +138,7 @@ def done(run: Run, settings: Settings) -> bool:
     workdir, result = settings.workdirs / run.name, settings.results / "runs" / f"{run.name}.json"
     if not ((workdir / "summary.json").exists() and result.exists()):
         return False
-    asked, trained = run.recipe.resolved(**defaults(run.recipe.dataset)), read_recipe(workdir)
+    asked, trained = run.recipe.resolved(), read_recipe(workdir)
     given = {field.name for field in dataclasses.fields(asked)} - {"classes", "pretrained", *(NETWORK if run.after else ())}
     return all(getattr(asked, name) == getattr(trained, name) for name in given)
 
@@ -176,7 +175,7 @@ def progress(run: Run, workdirs: Path) -> tuple[int, int]:
 def cost(run: Run) -> float:
     """Time that an image takes, of a full step of ResNet18 at 32 px; frozen stages need no backward pass."""
     network = (run.after or run).recipe.resolved()
-    size = (run.recipe.image_size or 32) / 32 * (4 if network.stem == "cifar" else 1)  # of maps after the stem
+    size = run.recipe.resolved().image_size / 32 * (4 if network.stem == "cifar" else 1)  # of maps after the stem
     frozen = 0.5 if run.recipe.frozen else 1.0
     return COST[network.backbone] * size**2 * frozen
 

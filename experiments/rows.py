@@ -45,7 +45,7 @@ def shortened(run: Run, steps: int) -> Run:
 
 
 def runs(seeds: int = 1, preset: Preset = "report") -> list[Run]:
-    """Every run of the report, or of today's recipe, those that others start from before them; ResNet18's under `seeds`."""
+    """Every run of the report or of today's recipe, after the one that it starts from; rows 1 to 3b for each of `seeds`."""
     if preset == "strong":
         return list(chain(*map(_strong, range(seeds))))
     first, *others = [_resnet18(seed) for seed in range(seeds)]

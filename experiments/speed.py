@@ -128,7 +128,7 @@ def step_and_floor(name: str) -> Sides:
 def _steps(name: str, stem: str, batch_size: int, dtype: str, trainable: str) -> tuple[Timed, int, float]:
     """Dispatches of jitted train steps on resident batches, the steps of one, and the floating-point operations of one."""
     frozen = FROZEN[trainable]
-    model = rotjax.create(name, 4, stem, frozen=frozen, dtype=jnp.dtype(dtype))
+    model = rotjax.create(name, 4, stem, held=frozen, dtype=jnp.dtype(dtype))
     optimizer = rotjax.adamw(rotjax.piecewise(1e-3, [10**6]), 0.01, frozen)
     state = rotjax.init_state(optimizer, rotjax.init_variables(model, 0, 32))
     size = 1 if jax.default_backend() == "cpu" else STEPS

@@ -1,7 +1,7 @@
-"""Checkpoints of a run, the only code that knows Orbax: a directory a step, in parts `backbone`, `head`, `optimizer`.
+"""Checkpoints of a run, the only code that uses Orbax: one directory per step, in parts `backbone`, `head`, `optimizer`.
 
-Orbax restores a flipped bit without a word, and takes any directory named like a step for one. So a step counts by its
-manifest (`rotjax.manifests`), and for as long as its files are those that were saved.
+Orbax restores corrupted files silently, and takes any directory named like a step for a checkpoint. So a step is valid
+only if it has a manifest (`rotjax.manifests`) and its files match it.
 """
 
 import logging
@@ -19,7 +19,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from rotjax import manifests, parallel
-from rotjax.errors import CheckpointError, in_bytes
+from rotjax.errors import CheckpointError, in_bytes, reason
 from rotjax.training import TrainState
 from rotjax.transfer import joined, part
 
@@ -51,7 +51,7 @@ def open_checkpoints(directory: Path, claim: Callable[[], None] = lambda: None) 
             for step in manifests.unfinished(directory):
                 manifests.discard(directory, step)
     except OSError as error:
-        raise CheckpointError(f"{directory} cannot be written ({error.strerror}); name another workdir") from error
+        raise CheckpointError(f"{directory} cannot be written ({reason(error)}); name another workdir") from error
     pool = ThreadPoolExecutor(1)
     checkpoints = Checkpoints(directory, claim, pool)
     try:
@@ -127,7 +127,7 @@ def latest_step(directory: Path) -> int:
     try:
         step = newest(directory)
     except OSError as error:
-        raise CheckpointError(f"{directory} cannot be read ({error.strerror}); name another workdir") from error
+        raise CheckpointError(f"{directory} cannot be read ({reason(error)}); name another workdir") from error
     if step is None:
         raise CheckpointError(f"{directory} has no checkpoint; let the run reach its first one, or name another workdir")
     return step
@@ -143,7 +143,7 @@ def load_parts(directory: Path, step: int, abstract: dict) -> dict:
         while cause := cause.__cause__ or cause.__context__:
             if isinstance(cause, KeyboardInterrupt):  # which Orbax takes for a fault of what it reads
                 raise KeyboardInterrupt from None
-        raise CheckpointError(f"step {step} in {directory} cannot be loaded: {manifests.first_line(error)}") from error
+        raise CheckpointError(f"step {step} in {directory} cannot be loaded: {reason(error)}") from error
     for asked, found in zip(*map(jax.tree.leaves, (abstract, parts)), strict=True):
         if asked.dtype != found.dtype:
             raise CheckpointError(f"step {step} in {directory} holds {found.dtype}, not {asked.dtype}; name another workdir")
@@ -156,10 +156,10 @@ def _begin(directory: Path, step: int, size: int) -> None:
     """Marks `step` unfinished; raises CheckpointError where its place is taken, or has no room for its `size` in bytes."""
     if manifests.foreign(directory, step):
         where = f"{directory / str(step)} is in the place of step {step}, and was not saved here"
-        raise CheckpointError(f"{where}; move it away, then the same command goes on")
+        raise CheckpointError(f"{where}; move it away, then the same command resumes")
     if shutil.disk_usage(directory).free < 1.1 * size:
         room = _room(directory, size)
-        raise CheckpointError(f"no room to save step {step} in {directory}: {room}; make room, the same command goes on")
+        raise CheckpointError(f"no room to save step {step} in {directory}: {room}; make room, the same command resumes")
     manifests.begin(directory, step)
 
 
@@ -190,7 +190,7 @@ def _sound(directory: Path, step: int) -> bool:
 
 def _unsaved(directory: Path, step: int, size: int, error: Exception) -> CheckpointError:
     where = f"step {step} was not saved in {directory} ({_room(directory, size)})"
-    return CheckpointError(f"{where}: {manifests.first_line(error)}; earlier ones are left as they were")
+    return CheckpointError(f"{where}: {reason(error)}; earlier ones are left as they were")
 
 
 def _room(directory: Path, size: int) -> str:

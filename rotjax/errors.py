@@ -14,6 +14,12 @@ def in_bytes(count: float) -> str:
     return f"{count / unit:,.1f} {name}"
 
 
+def reason(error: BaseException) -> str:
+    """Why `error` was raised, in up to 100 characters: the system's words where it has some, else its first line."""
+    said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return said.splitlines()[0][:100]
+
+
 class RotjaxError(Exception):
     """What a caller can cause."""
 

@@ -1,5 +1,5 @@
-"""How batches reach the devices, which changes none of their bytes: made on the host, or on the devices from images that
-lie there; one a dispatch, or several."""
+"""How batches reach the devices, with the same bytes either way: made on the host, or on the devices from images
+resident there; one or several per dispatch."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ def choose(plan: Plan, augment: Where | None, steps: int | None, threads: int | 
 def sizes(start: int, steps: int, epoch_steps: int, most: int) -> Iterator[int]:
     """How many of the steps from `start` to `steps` each dispatch takes: `most`, or one.
 
-    Every epoch is divided alike, from its first step on, whichever step a run goes on from: the same step is computed by
+    Every epoch is divided alike, from its first step on, whichever step a run resumes from: the same step is computed by
     the same program, to the same bits.
     """
     while start < steps:

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def held(path: Path, what: str, *, wait: bool = False) -> Iterator[Callable[[], bool]]:
+def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[Callable[[], bool]]:
     """Holds the lock file `path` for `what`, and tells whether it still does; where another process does, waits or raises
     InUseError.
 

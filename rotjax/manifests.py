@@ -12,6 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from rotjax.errors import reason
+
 STEP = re.compile(r"(0|[1-9][0-9]{0,9})\.(json|unfinished)")
 LARGEST = 2**26  # bytes of a JSON file that is believed
 
@@ -42,7 +44,7 @@ def damage(directory: Path, step: int) -> str:
             changed = next((path for path in paths if digest(folder / path) != listed[path]), None)
             found = changed and f"{changed} is not what was saved"
     except (OSError, ValueError, TypeError) as error:
-        found = first_line(error)
+        found = reason(error)
     return f"checkpoint {step} in {directory} is damaged ({found})" if found else ""
 
 
@@ -104,11 +106,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What `error` says, up to 100 characters of its first line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
 
 
 def _marked(directory: Path, kind: str) -> list[int]:

@@ -45,7 +45,7 @@ def labels(params, frozen: tuple[str, ...] = ()):
 def adamw(
     schedule: optax.ScalarOrSchedule, weight_decay: float = 0.01, frozen: tuple[str, ...] = ()
 ) -> optax.GradientTransformation:
-    """AdamW with decay on every parameter, as torch's default; `frozen` ones get no update, no decay, no state."""
+    """AdamW with weight decay on all parameters, as torch's; those under prefixes `frozen` get no update, decay or state."""
     return _for_trainable(optax.adamw(schedule, weight_decay=weight_decay), frozen)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rotjax.errors import DesertedError, FellowError, Stopped, UsageError
+from rotjax.errors import DesertedError, FellowError, Stopped, UsageError, reason
 
 LOST = {"UNKNOWN", "UNAVAILABLE", "INTERNAL", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED"}  # what a broken link is to JAX
 PATIENCE = 30  # seconds that a process may be silent before the others take it for dead
@@ -70,9 +70,8 @@ def join() -> None:
             shutdown_timeout_seconds=PATIENCE,
         )
     except (ValueError, RuntimeError) as error:
-        said = str(error).splitlines()[0][:80]
         raise UsageError(
-            f"--distributed finds no other processes ({said}); start it by srun or mpirun, or set"
+            f"--distributed finds no other processes ({reason(error)}); start it by srun or mpirun, or set"
             " JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
 
@@ -134,9 +133,8 @@ def deserted() -> Iterator[None]:
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # one or the other, as the step was under way or to start
         if str(error).partition(":")[0] not in LOST or alone():
             raise
-        said = str(error).splitlines()[0][:100]
         raise DesertedError(
-            f"another process of this run is gone ({said}); start all again, they go on from the last checkpoint"
+            f"another process of this run is gone ({reason(error)}); start all again, they go on from the last checkpoint"
         ) from error
 
 

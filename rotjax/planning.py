@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that nothing speaks against: its resolved recipe, its data, the backbone it starts from, its steps."""
+    """A validated run: resolved recipe, data, pretrained backbone (None: from scratch), steps per epoch and in total."""
 
     recipe: Recipe
     data: Dataset
@@ -63,10 +63,10 @@ def plan(
     workdir: str | Path | None = None,
     progress: Callable = iter,
 ) -> Plan:
-    """Refuses here whatever can be refused, before data is decoded; reads the pretrained backbone and the data.
+    """Validates `recipe`, as far as possible before decoding data, and loads the pretrained backbone and the data.
 
-    `data`, the caller's own, stands in for the data set that the recipe names. `workdir`, into which nothing is written
-    yet, must not hold another run. Raises UsageError, DataError or CheckpointError.
+    `data` replaces the data set that the recipe names. `workdir` is only checked: it must not hold another run, and
+    nothing is written. Raises UsageError, DataError or CheckpointError.
     """
     check(recipe)
     if data:
@@ -75,7 +75,7 @@ def plan(
     if isinstance(recipe, Classification) and recipe.pretrained is not None:
         donor = Path(recipe.pretrained)
         recipe, step = _inherit(recipe, donor)
-    recipe = recipe.resolved(**sources.defaults(recipe.dataset))
+    recipe = recipe.resolved()
     check(recipe)
     check_batch(recipe.batch_size, data_mesh())
     if workdir is not None:

@@ -1,4 +1,4 @@
-"""What the fields of a recipe are that nobody gives: the report's values, or those of today's practice."""
+"""Defaults of a recipe's fields: the report's values, a data set's, those of current practice."""
 
 from typing import Any, Literal
 
@@ -17,9 +17,22 @@ REPORT: dict[str, Defaults] = {
     "classification": _REPORT | dict(epochs=20, decay_epochs=10),
 }
 
+DATASETS: dict[str, Defaults] = {
+    "digits": dict(
+        image_size=32, width=32, rotations="all", epochs=8, decay_epochs=6, batch_size=16, learning_rate=1e-3, flip=False
+    ),
+    "cifar10": dict(image_size=32),
+    "other sets": dict(image_size=64),
+}
+
 _STRONG: Defaults = dict(stem="cifar", dtype="bfloat16", optimizer="sgd", schedule="cosine", warmup_epochs=5)
 STRONG: dict[str, Defaults] = {  # what differs; rotations as RotNet's authors trained them, but for the cosine
     "rotation": _STRONG | dict(rotations="all", epochs=100),
     "classification": _STRONG | dict(epochs=200, cutout=0.375, label_smoothing=0.1),
 }
 SGD: Defaults = dict(learning_rate=0.1, weight_decay=5e-4)  # in the place of AdamW's
+
+
+def of_dataset(name: str) -> Defaults:
+    """The defaults of the data set, or folder of images, `name`."""
+    return DATASETS.get(name, DATASETS["other sets"])

@@ -32,7 +32,7 @@ class Recipe:
     """What both jobs share; a field that is left `DEFERRED` gets its value with `resolved`."""
 
     preset: presets.Preset = "report"
-    """What is not given is the report's, or strong: today's practice, for images of about 32 pixels, on a GPU."""
+    """Defaults for values that are not given: report, or strong (current practice, for ~32 px images, on a GPU)."""
     backbone: Backbone = DEFERRED
     """Network."""
     dataset: str = "cifar10"
@@ -52,15 +52,15 @@ class Recipe:
     learning_rate: float = DEFERRED
     """Highest rate of the schedule."""
     schedule: Literal["steps", "cosine"] = DEFERRED
-    """steps: the rate falls to a tenth every decay_epochs; cosine: it falls to 0 along half a cosine."""
+    """steps: the learning rate is divided by 10 every decay_epochs; cosine: cosine decay to 0."""
     decay_epochs: int = DEFERRED
-    """Epochs between the falls of --schedule=steps."""
+    """Epochs between the drops of --schedule=steps."""
     warmup_epochs: int = DEFERRED
-    """The rate rises from 0 in so many epochs, and then falls."""
+    """Epochs of linear warmup from 0 to learning_rate."""
     weight_decay: float = DEFERRED
-    """Of every parameter that trains: decoupled (adamw) or added to the gradient (sgd)."""
+    """Weight decay on all trainable parameters, biases and norms included: decoupled (adamw) or L2 (sgd)."""
     seed: int = 0
-    """Decides initial weights, order, crops, flips and turns."""
+    """Random seed of initial weights, image order, augmentation, rotations and any subset."""
     flip: bool = DEFERRED
     """Mirror images at random in training; not for what has no mirror image, such as digits."""
     cutout: float = DEFERRED
@@ -68,15 +68,15 @@ class Recipe:
     label_smoothing: float = DEFERRED
     """Share of each label that is spread evenly over all classes in training."""
     validation: float = 0.0
-    """Share of the training images that stands in for the test images: to choose a recipe without them; 0: none."""
+    """Fraction of each class's training images held out and scored in place of the test images, for tuning; 0: off."""
     dtype: Literal["float32", "bfloat16"] = DEFERRED
-    """Of the backbone's computation; parameters, statistics and logits are float32 in any case."""
+    """Compute dtype of the backbone; parameters, batch statistics and logits are always float32."""
     width: int = DEFERRED
-    """Maps of the stem; every other layer follows."""
+    """Output channels of the stem; all other layers scale with it."""
     mean: RGB = DEFERRED
-    """Of the pixels (0 to 1), subtracted in the network."""
+    """Per-channel mean of the pixels (scaled to 0..1), subtracted in the network."""
     std: RGB = DEFERRED
-    """Of the pixels (0 to 1), divided by in the network."""
+    """Per-channel standard deviation of the pixels (scaled to 0..1), divided by in the network."""
     classes: tuple[str, ...] = ()
     """Names of what the head tells apart, known once the data is."""
 
@@ -105,7 +105,7 @@ class Recipe:
     @property
     def name(self) -> str:
         """`<job>-<dataset>-<backbone>-<hash>`, of what is not as usual: a field that a later rotjax adds changes no name."""
-        usual = dataclasses.asdict(type(self)().resolved())
+        usual = dataclasses.asdict(type(self)()) | presets.REPORT[self.job]
         own = {key: value for key, value in dataclasses.asdict(self).items() if value != usual[key]}
         words = json.dumps(own, sort_keys=True)
         digest = hashlib.sha256(words.encode()).hexdigest()[:8]
@@ -121,14 +121,14 @@ class Recipe:
             self.stem,
             mean=self.mean,
             std=self.std,
-            frozen=self.held,
+            held=self.held,
             width=self.width,
             dtype=jnp.dtype(self.dtype),
         )
 
-    def resolved(self, **defaults: Any) -> Self:
-        """What is None is what the strong preset has, if asked for, else `defaults`, the data set's, else the report."""
-        values = presets.REPORT[self.job] | defaults
+    def resolved(self) -> Self:
+        """Fills None fields from the strong preset if chosen, else from the data set's defaults, else the report preset."""
+        values = presets.REPORT[self.job] | presets.of_dataset(self.dataset)
         if self.preset == "strong":
             values |= presets.STRONG[self.job]
         if (self.optimizer or values["optimizer"]) == "sgd":
@@ -158,11 +158,11 @@ class Classification(Recipe):
     """Learn an image set's classes, from a pretrained backbone or from scratch (report, rows 2 to 6)."""
 
     pretrained: str | None = None
-    """Workdir of a run whose backbone is taken, with its stem and normalisation; from scratch unless said."""
+    """Workdir of the run that provides backbone (with its stem and width), mean and std; if not given, from scratch."""
     trainable: optim.Trainable = "all"
     """What trains: all, last_block (stage 4 and the head) or head."""
     frozen_statistics: Literal["held", "moving"] = "held"
-    """Batch statistics of frozen stages: held as they were, or moving as in the report's rows 2a and 2b."""
+    """Batch norm of frozen stages: held (running statistics, fixed) or moving (as in training; the report's 2a and 2b)."""
     subset: int | None = None
     """Training images per class, drawn by the seed. An epoch keeps its number of steps."""
 

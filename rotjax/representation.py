@@ -17,9 +17,9 @@ from rotjax.training import place
 
 
 def features(model: Classifier, variables: dict, images: np.ndarray, *, batch_size: int = 256) -> dict[str, np.ndarray]:
-    """The mean over each map that `images` u8 `[N,H,W,3]` lead to: `stem`, `stage1` to `stage4`, each f32 `[N,D]`.
+    """Spatial means of the feature maps of `images` u8 `[N,H,W,3]`: `stem`, `stage1` to `stage4`, each f32 `[N,D]`.
 
-    Computed on the devices of this process, each of several has all. Raises TypeError for pixels that are not uint8.
+    Uses this process's devices only; each process returns all N. Raises TypeError for pixels that are not uint8.
     """
     mesh = data_mesh(jax.local_devices())
     variables = jax.device_put(jax.tree.map(np.asarray, variables), replicated(mesh))

@@ -1,4 +1,4 @@
-"""A plan carried out in a workdir, or gone on with, row by row."""
+"""A plan carried out, or resumed, in a workdir, row by row."""
 
 import importlib.metadata
 import json
@@ -42,15 +42,17 @@ def train(
     steps_per_dispatch: int | None = None,
     threads: int | None = None,
 ) -> Iterator[dict]:
-    """Carries `plan` out in `workdir`, or goes on where it stopped, yielding each row that `metrics.jsonl` gets.
+    """Runs `plan` in `workdir`, resuming from its newest checkpoint if any, and yields each row written to `metrics.jsonl`.
 
-    Of several processes, which all call this, one writes; where they stop or save they agree every `log_steps` batches.
-    For the last three see `feed.choose`. Leaves `recipe.json`, `checkpoints/`, `metrics.jsonl` and, at the end,
-    `summary.json`. Raises Stopped once SIGTERM or SIGINT came and the state is saved (a second one ends the process at
-    once), UsageError for a workdir of another recipe or processes that differ, InUseError where another process is at work,
-    NonFiniteError, CheckpointError, FellowError where another process of this run failed.
+    All processes must call this; one writes, and they agree on stopping and saving every `log_steps` batches. For
+    `augment`, `steps_per_dispatch` and `threads` see `feed.choose`. Writes `recipe.json`, `data.json`, `checkpoints/`,
+    `metrics.jsonl` and, at the end, `summary.json`. Raises Stopped after SIGTERM or SIGINT, once the state is saved (a
+    second signal ends the process at once), UsageError for a value out of range, a workdir of another recipe or processes
+    that differ, DataError for a workdir of other data, InUseError where another process uses it, NonFiniteError,
+    CheckpointError, FellowError where another process of this run failed.
     """
     began, workdir, recipe, mesh = time.perf_counter(), Path(workdir), plan.recipe, data_mesh()
+    check_cadence(log_steps, checkpoint_seconds)
     feed = feeds.choose(plan, augment, steps_per_dispatch, threads)
     _check_alike(plan, feed, log_steps)
     with ExitStack() as stack:
@@ -66,7 +68,7 @@ def train(
         model, optimizer, state = _build(plan)
         if first:
             state = checkpoints.restore(saved.directory, first, state)
-            log.info(f"going on from step {first} of {plan.steps}")
+            log.info(f"resuming from step {first} of {plan.steps}")
         with parallel.together():
             logged, write = stack.enter_context(workdirs.metrics(workdir, first)) if parallel.primary() else ([], _ignore)
         until = partial(_until, stopping, log_steps)
@@ -111,7 +113,7 @@ def train(
             _save(saved, state)
             checkpoints.wait(saved)
             where = f"stopped at step {int(state.step)} of {plan.steps}, saved in {workdir}"
-            raise Stopped(f"{where}; the same command goes on") from None
+            raise Stopped(f"{where}; the same command resumes") from None
         views = (plan.steps - first) * recipe.views
         summary = scores | {
             "images_per_second": round(views / seconds, 1) if views else None,
@@ -123,6 +125,12 @@ def train(
             if parallel.primary():
                 claim()
                 workdirs.write_json(workdir / "summary.json", summary | _facts(plan, mesh))
+
+
+def check_cadence(log_steps: int, checkpoint_seconds: float) -> None:
+    """Raises UsageError for a number out of range."""
+    if log_steps < 1 or not checkpoint_seconds >= 0:
+        raise UsageError("--log_steps is at least 1 and --checkpoint_seconds at least 0")
 
 
 def _facts(plan: Plan, mesh: Mesh) -> dict:

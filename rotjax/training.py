@@ -78,7 +78,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
 def train_step(
     model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, loss: Loss = cross_entropy
 ) -> jax.stages.Wrapped:
-    """The jitted `(state, batch) -> state, metrics`; the state given is donated.
+    """A jitted `(state, batch) -> (state, metrics)`; the input state is donated.
 
     `batch` is `{'image': u8[B,H,W,3], 'label': i32[B]}`, `metrics` the `loss` and `accuracy` of this batch. Under a mesh
     of several devices batch statistics are the whole batch's.
@@ -93,9 +93,9 @@ def train_steps(
     make: Make = sent,
     loss: Loss = cross_entropy,
 ) -> jax.stages.Wrapped:
-    """The jitted `(state, batches, data) -> state, metrics`: a `train_step` for each of `batches`, K in a leading axis.
+    """A jitted `(state, batches, data=None) -> (state, metrics)`: `train_step` scanned over K `batches`, stacked on axis 0.
 
-    `make(data, batch)` is what a step trains on; the metrics are f32 `[K]`. The state given is donated.
+    Each step trains on `make(data, batch)`; the metrics are f32 `[K]`. The input state is donated.
     """
     step = _step(model, optimizer, loss)
     unroll = 0 if jax.default_backend() == "cpu" else 1  # 0: no loop, in which a CPU's convolutions are eight times slower
@@ -134,9 +134,9 @@ def _step(model: nn.Module, optimizer: optax.GradientTransformation, loss: Loss)
 
 
 def eval_step(model: nn.Module, mesh: Mesh | None = None, make: Make = sent) -> jax.stages.Wrapped:
-    """The jitted `(variables, batch, data=None) -> sums` of what `make(data, batch)` gives, by default the batch.
+    """A jitted `(variables, batch, data=None) -> sums` over the images of `make(data, batch)`, by default `batch`.
 
-    The sums are `loss` and `confusion`, `[true, predicted]`, of images by their `weight`.
+    `sums` are the `weight`ed `loss`, f32 `[]`, and `confusion`, f32 `[C,C]` indexed `[true, predicted]`.
     """
     apply: Callable[..., Any] = model.apply
 
@@ -151,9 +151,9 @@ def eval_step(model: nn.Module, mesh: Mesh | None = None, make: Make = sent) -> 
 
 
 def place(batches: Iterable[dict], mesh: Mesh | None = None, *, axis: int = 0) -> Iterator[dict[str, jax.Array]]:
-    """Batches on the devices of `mesh`, each device its share along `axis`.
+    """Yields `batches` as global arrays, sharded along `axis` over the devices of `mesh`, by default all devices.
 
-    Of several processes each gives what its own devices get, as `train_batches` does, and not the whole batch.
+    With several processes, each passes only its own devices' slice, as `train_batches` yields it, not the global batch.
     """
     put = partial(jax.make_array_from_process_local_data, split(mesh or data_mesh(), axis))
     for batch in batches:
@@ -183,12 +183,12 @@ def fit(
     epoch_steps: int,
     log_steps: int = 50,
 ) -> Iterator[tuple[TrainState, list[Row]]]:
-    """Trains from step `start`, that of `state`, to `steps` on placed `batches`, yielding the state and its rows each time.
+    """Trains on placed `batches` from step `start`, that of `state`, to `steps`; yields `(state, rows)` per call of `step`.
 
-    `step` is a `train_step`, or a `train_steps` on several batches at a time, which do not straddle epochs. There is a row
-    every `log_steps` steps, with that batch's metrics, and one at the end of an epoch (`epoch_steps` steps, or the last),
-    see `epoch_row`. A yielded state lives until the next is asked for. Raises NonFiniteError with the first row after a
-    loss or variables that are not finite.
+    `step` is a `train_step`, or a `train_steps` on several stacked batches. `rows` has one row every `log_steps` steps, with
+    that batch's metrics, and one at the end of each epoch (every `epoch_steps` steps, and at `steps`), see `epoch_row`. A
+    yielded state is donated when the next is requested. Raises NonFiniteError at the first row after a loss or variables
+    that are not finite, ValueError for stacked batches that straddle epochs or go beyond `steps`.
     """
     number, batches = start, iter(batches)
     while number < steps and (batch := next(batches, None)) is not None:

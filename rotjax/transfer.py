@@ -18,7 +18,7 @@ def joined(parts: dict[str, dict]) -> dict:
 
 
 def graft(variables: dict, name: str, donor: dict) -> dict:
-    """`variables` with `donor`, another network's `part`, in the place of its own `name`.
+    """A copy of `variables` with its part `name` replaced by `donor`, the same `part` of another network.
 
     Raises UsageError unless both have the same paths, shapes and dtypes.
     """

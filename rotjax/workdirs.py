@@ -13,8 +13,8 @@ from pathlib import Path
 
 from rotjax.data.augmentation import STREAM
 from rotjax.data.dataset import Dataset
-from rotjax.errors import CheckpointError, DataError, UsageError
-from rotjax.locks import held, names
+from rotjax.errors import CheckpointError, DataError, UsageError, reason
+from rotjax.locks import locked, names
 from rotjax.manifests import read_json
 from rotjax.recipe import Recipe
 from rotjax.recipe_json import differences, from_json, to_json
@@ -61,10 +61,9 @@ def check_vacant(workdir: Path, recipe: Recipe) -> None:
     except NotADirectoryError:
         raise UsageError(f"{workdir} is a file, or below one; name another workdir") from None
     except PermissionError as error:
-        raise CheckpointError(f"{workdir} cannot be read ({error.strerror}); name another workdir") from error
+        raise CheckpointError(f"{workdir} cannot be read ({reason(error)}); name another workdir") from error
     except (OSError, ValueError) as error:  # of a name that no folder can have
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"--workdir={workdir} cannot be one ({reason}); name another workdir") from error
+        raise UsageError(f"--workdir={workdir} cannot be one ({reason(error)}); name another workdir") from error
     if "recipe.json" in names:
         saved = read_recipe(workdir)
         asked = dataclasses.replace(recipe, classes=recipe.classes or saved.classes)
@@ -87,17 +86,16 @@ def claimed(workdir: Path, recipe: Recipe, data: Dataset) -> Iterator[Callable[[
     with ExitStack() as stack:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            ours = stack.enter_context(held(workdir / ".lock", str(workdir)))
+            ours = stack.enter_context(locked(workdir / ".lock", str(workdir)))
         except OSError as error:
-            problem = error.strerror or str(error)
-            raise CheckpointError(f"{workdir} cannot be written ({problem}); name another workdir") from error
+            raise CheckpointError(f"{workdir} cannot be written ({reason(error)}); name another workdir") from error
         if not path.exists():
             write_json(path, to_json(recipe))
         _same_data(workdir / "data.json", data)
 
         def check() -> None:
             if not ours():
-                raise CheckpointError(f"{workdir} was moved away or replaced; bring it back, then the same command goes on")
+                raise CheckpointError(f"{workdir} was moved away or replaced; bring it back, then the same command resumes")
 
         yield check
 
@@ -110,14 +108,14 @@ def metrics(workdir: Path, step: int) -> Iterator[tuple[list[dict], Callable[[di
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         rows = [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if row["step"] <= step]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); remove it, the same command goes on") from error
+        raise CheckpointError(f"{path} cannot be read ({error}); remove it, the same command resumes") from error
     with _writing(workdir):
         _replace(path, "".join(f"{json.dumps(row)}\n" for row in rows))
         file = open(path, "a")  # noqa: SIM115
 
     def write(row: dict) -> None:
         if not names(path, file.fileno()):  # the open file would go on taking rows that nobody finds
-            raise CheckpointError(f"{path} is gone; bring {workdir} back, then the same command goes on")
+            raise CheckpointError(f"{path} is gone; bring {workdir} back, then the same command resumes")
         with _writing(workdir):
             print(json.dumps(row), file=file, flush=True)
 
@@ -175,8 +173,7 @@ def _writing(workdir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        problem = error.strerror or str(error)
-        raise CheckpointError(f"cannot write in {workdir} ({problem}); mend it, then the same command goes on") from error
+        raise CheckpointError(f"cannot write in {workdir} ({reason(error)}); fix it, the same command resumes") from error
 
 
 def _same_data(path: Path, data: Dataset) -> None:
@@ -200,5 +197,8 @@ def _same_data(path: Path, data: Dataset) -> None:
 
 def _replace(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or after a power failure it may be the empty one that has the name
     partial.replace(path)

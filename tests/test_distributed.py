@@ -162,7 +162,7 @@ def test_P2_processes_that_were_started_on_different_recipes_are_refused(pair, t
 
 def test_P5_a_signal_to_one_of_two_processes_stops_both_at_one_step(stopped):
     workdir, ends = stopped
-    assert ends == [(75, f"rotjax: stopped at step 4 of 16, saved in {workdir}; the same command goes on")] * 2
+    assert ends == [(75, f"rotjax: stopped at step 4 of 16, saved in {workdir}; the same command resumes")] * 2
     assert checkpoints.newest(workdir / "checkpoints") == 4 and rows(workdir)[-1]["step"] == 4
 
 

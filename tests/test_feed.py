@@ -100,7 +100,7 @@ def test_any_network_takes_several_steps_a_dispatch(elsewhere, name, dtype):
     """A loop wants its state back as it was: the same shapes and dtypes."""
     elsewhere()
     frozen = optim.FROZEN["last_block"]
-    model = rotjax.create(name, 4, width=8, dtype=jax.numpy.dtype(dtype), frozen=frozen)
+    model = rotjax.create(name, 4, width=8, dtype=jax.numpy.dtype(dtype), held=frozen)
     optimizer = optim.adamw(optim.piecewise(0.01, [2]), 0.01, frozen)
     variables = training.abstract_variables(model, 32)
     opt_state = jax.eval_shape(optimizer.init, variables["params"])

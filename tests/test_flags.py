@@ -17,6 +17,7 @@ from rotjax.recipe_json import to_json
 
 RUN = tempfile.TemporaryDirectory()  # a workdir, of which no more than the recipe is read before flags are refused
 (Path(RUN.name) / "recipe.json").write_text(json.dumps(to_json(rotjax.Rotation(dataset="digits", image_size=32).resolved())))
+(Path(RUN.name) / "summary.json").write_text("{}")
 COMMANDS = {  # and words that they need beside the flag
     "rotation": (lambda: command.main(rotjax.Rotation), ["--dataset=digits"]),
     "classification": (lambda: command.main(rotjax.Classification), ["--dataset=digits"]),
@@ -93,7 +94,7 @@ BESIDE = {
 }
 WRONG_PLACE = {"data_dir": 3, "pretrained": 4, "archive": 3}  # what a path to something else is, where it is not 2
 ALLOWED = re.compile(
-    r"at least|at most|above 0|finite|name|give|leave|rows are|see |more than|fetch|run: |mend|"
+    r"at least|at most|above 0|finite|name|give|leave|rows are|see |more than|fetch|run: |fix|"
     r"[Ee]xpected|instantiated|base 10|helptext"  # tyro's
 )
 

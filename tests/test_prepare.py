@@ -333,7 +333,7 @@ def test_gives_up_and_keeps_what_came(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "PATIENCE", (0, 0))
     with serving(DATA, cuts=[100_000, 0, 0, 0]) as server:
         with pytest.raises(
-            DataError, match="closed the connection.*the same command goes on, 0.1 of 0.3 MB are there, or fetch"
+            DataError, match="closed the connection.*the same command resumes, 0.1 of 0.3 MB are there, or fetch"
         ):
             archives.fetch(server.archive, tmp_path / "a")
         assert len(server.asked) == 4
@@ -455,4 +455,4 @@ def test_R3_interrupted(request, tmp_path, monkeypatch, capsys, cifar10_file):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has jobs in the background ignore it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     code, _, err = command(monkeypatch, capsys, "cifar10", f"--archive={cifar10_file}", f"--data_dir={tmp_path / 'data'}")
-    assert (code, err) == (75, "rotjax: stopped; the same command goes on\n")
+    assert (code, err) == (75, "rotjax: stopped; the same command resumes\n")

@@ -79,7 +79,7 @@ def test_R5_a_finished_run_says_so_and_changes_nothing(pretrained, data, notes):
 
 def test_R3_a_stopped_run_goes_on_to_the_same_bits(pretrained, data, tmp_path):
     plan = rotjax.plan(rotjax.Rotation(**SMALL), data=data)
-    with pytest.raises(Stopped, match="stopped at step . of 12.*the same command goes on"):
+    with pytest.raises(Stopped, match="stopped at step . of 12.*the same command resumes"):
         for row in rotjax.train(plan, tmp_path / "run", log_steps=2):
             if row["step"] == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -287,6 +287,14 @@ def test_R11_another_cadence_changes_no_bit(pretrained, data, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_cadence_that_is_none_is_refused_before_anything_is_written(data, tmp_path):
+    plan = rotjax.plan(rotjax.Rotation(**SMALL), data=data)
+    for odd in (dict(log_steps=0), dict(checkpoint_seconds=-1.0), dict(checkpoint_seconds=float("nan"))):
+        with pytest.raises(UsageError, match="--log_steps is at least 1 and --checkpoint_seconds at least 0"):
+            list(rotjax.train(plan, tmp_path / "run", **odd))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("trainable", ["head", "last_block"])
 def test_R14_what_is_frozen_stays_as_the_pretrained_run_left_it(pretrained, data, tmp_path, trainable, notes):
     recipe = rotjax.Classification(pretrained=str(pretrained), trainable=trainable, batch_size=8, epochs=1)
@@ -434,16 +442,15 @@ def test_C9_a_recipe_survives_its_json_and_an_older_one_is_completed(data):
 
 
 def test_what_is_given_comes_before_the_strong_preset_before_the_data_set_before_the_report():
-    digits = rotjax.data.sources.defaults("digits")
-    strong = rotjax.Rotation(preset="strong", epochs=7).resolved(**digits)
+    strong = rotjax.Rotation(preset="strong", epochs=7, dataset="digits").resolved()
     assert (strong.epochs, strong.learning_rate, strong.width, strong.backbone) == (7, 0.1, 32, "resnet18")
     assert (strong.warmup_epochs, rotjax.Rotation(preset="strong").resolved().warmup_epochs) == (3, 5)
     rates = [(rotjax.Rotation(preset=p, optimizer=o).resolved()) for p in ("strong", "report") for o in ("adamw", "sgd")]
     assert [(one.learning_rate, one.weight_decay) for one in rates] == [(0.01, 0.01), (0.1, 5e-4)] * 2
     assert (strong.stem, strong.optimizer, strong.schedule, strong.views) == ("cifar", "sgd", "cosine", 64)
-    report = rotjax.Rotation().resolved(**digits)
+    report = rotjax.Rotation(dataset="digits").resolved()
     assert (report.epochs, report.learning_rate, report.optimizer, report.schedule) == (8, 1e-3, "adamw", "steps")
-    assert rotjax.Rotation().resolved().name == "rotation-cifar10-resnet18-44136fa3"
+    assert rotjax.Rotation().resolved().name == "rotation-cifar10-resnet18-54d5f115"
 
 
 def test_R3_a_run_by_the_strong_preset_that_is_stopped_goes_on_to_the_same_bits(pretrained, data, tmp_path):
@@ -636,7 +643,7 @@ def test_C4_a_disk_that_is_full_between_saves_ends_the_run_in_a_line(start, tmp_
     process.join(timeout=120)
     *_, compiling, line = (tmp_path / "log").read_text().splitlines()
     assert process.exitcode == 4 and compiling == "compiling the train step"
-    assert line.startswith(f"rotjax: cannot write in {tmp_path / 'run'} (File too large); mend it") and len(line) < 300
+    assert line.startswith(f"rotjax: cannot write in {tmp_path / 'run'} (File too large); fix it") and len(line) < 300
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b/../..", ".", "..", "-rf", "a\0b", "x" * 300, "\u202e", "~/x/"])

@@ -80,7 +80,7 @@ def test_R3_in_each_phase_of_a_command_a_signal_loses_nothing(call, tmp_path, re
         code, said = call(workdir, phase, [(signal.SIGTERM, signal.SIGINT)[number % 2]])
         assert code == 75 and "Traceback" not in said, (phase, said)
         last = said.splitlines()[-1]
-        assert last.startswith("rotjax: stopped") and last.endswith("; the same command goes on") and len(last) < 300
+        assert last.startswith("rotjax: stopped") and last.endswith("; the same command resumes") and len(last) < 300
     assert call(workdir)[0] == 0
     assert not list(workdir.glob("**/*.partial")) and not list(workdir.glob("**/*.unfinished"))
     assert call(tmp_path / "undisturbed")[0] == 0
@@ -96,7 +96,7 @@ def test_C1_the_command_says_on_stderr_that_it_passes_over_a_damaged_checkpoint(
     code, said = call(tmp_path / "run")
     (line,) = (line for line in said.splitlines() if "damaged" in line)
     assert code == 0 and line.startswith("rotjax: checkpoint 6 in ") and line.endswith("trying step 5")
-    assert "going on from step 5 of 6" in said
+    assert "resuming from step 5 of 6" in said
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
@@ -110,5 +110,5 @@ def test_R3_a_signal_while_a_command_imports(tmp_path, kind):
             pass
         process.send_signal(kind)
         said = [line for line in process.stderr if not line.startswith("import time:")]
-    assert process.returncode == 75 and said == ["rotjax: stopped; the same command goes on\n"]
+    assert process.returncode == 75 and said == ["rotjax: stopped; the same command resumes\n"]
     assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ import pytest
 from scipy.stats import ks_2samp
 
 import rotjax
-from experiments import control
+from experiments import peers
 from rotjax.errors import UsageError
 from rotjax.models import CIFAR10_MEAN, CIFAR10_STD
 from rotjax.torchvision import export_weights, import_weights
@@ -38,7 +38,7 @@ def torch():
 @pytest.fixture(scope="module")
 def networks(torch):
     try:
-        return control.networks()
+        return peers.networks()
     except ImportError as error:
         pytest.skip(str(error))
 

@@ -110,7 +110,7 @@ def test_a_prefix_that_names_nothing_is_refused():
     with pytest.raises(UsageError, match="no parameters under backbone/stage7"):
         optim.labels({"backbone": {"stage1": 1.0}, "head": 1.0}, ("backbone/stage7",))
     with pytest.raises(ValueError, match="by stage"):
-        small(frozen=("backbone/stage4/block1",)).init(jax.random.key(0), batch()["image"])
+        small(held=("backbone/stage4/block1",)).init(jax.random.key(0), batch()["image"])
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_prefix_that_names_nothing_is_refused():
 )
 def test_frozen_means_frozen(trainable, statistics, kind):
     frozen = optim.FROZEN[trainable]
-    model = small(frozen=frozen if statistics == "held" else ())
+    model = small(held=frozen if statistics == "held" else ())
     optimizer = optim.OPTIMIZERS[kind](0.1, weight_decay=0.5, frozen=frozen)
     variables = training.init_variables(model, 0, 8)
     state = training.init_state(optimizer, variables)
@@ -152,7 +152,7 @@ def test_frozen_means_frozen(trainable, statistics, kind):
 
 def test_frozen_stages_have_no_backward_pass():
     def flops(trainable):
-        model = small(frozen=optim.FROZEN[trainable])
+        model = small(held=optim.FROZEN[trainable])
         optimizer = rotjax.adamw(0.1, frozen=optim.FROZEN[trainable])
         state = training.init_state(optimizer, training.init_variables(model, 0, 8))
         return training.train_step(model, optimizer).lower(state, batch()).compile().cost_analysis()["flops"]

@@ -1,6 +1,6 @@
-"""From images to batches, drawn by a counter: what happens to an image is a function of (seed, epoch, image) alone.
+"""Augmentation with a counter-based random generator: a function of (seed, epoch, image index) alone.
 
-Equal to the byte for NumPy and JAX arrays: a batch may be made on the host or, from images that are there, on the device.
+Byte-identical for NumPy and JAX arrays: batches may be made on the host or, from images resident there, on the device.
 """
 
 from typing import Any

@@ -37,9 +37,9 @@ def train_batches(
 def train_picks(count: int, batch_size: int, steps: int, *, seed: int, share: slice | None = None) -> Batches:
     """The picks of `train_view`: which of `count` images go into batch `t` of `steps`.
 
-    Images come in a new order on every pass (epoch) over the data, and batches straddle passes. `share` is what of each
-    batch is wanted here, by default what this process has to `place` on `data_mesh()`. Raises UsageError
-    where a batch is larger than the data.
+    The images are reshuffled on every pass (epoch) over the data; batches may straddle passes. `share` is the slice of each
+    global batch to return, by default the one that this process passes to `place`. Raises UsageError where a batch is
+    larger than the data.
     """
     check_fits(batch_size, count)
     share = _own(batch_size) if share is None else share
@@ -104,7 +104,7 @@ def unlabelled(count: int) -> np.ndarray:
 
 
 def read(batches: Batches, *, start: int = 0, threads: int = 0, ahead: int = 2) -> grain.DatasetIterator[Arrays]:
-    """Iterates from batch `start`; `threads` read `ahead`, none where the host computes the steps too. Close it."""
+    """An iterator from batch `start`, to be closed; `threads` prefetch `ahead` batches (0: none, best on a CPU)."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads) if threads else 0)
     return iter(batches[start:].to_iter_dataset(options))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from rotjax.errors import DataError, RotjaxError, UsageError, launcher
+from rotjax.errors import DataError, RotjaxError, UsageError, launcher, reason
 
 MEGABYTES = {  # that experiments.prepare downloads
     "cifar10": 170, "imagenette/160px-v2": 99, "imagenette/320px-v2": 342, "imagenette/full-size-v2": 1557,
@@ -74,7 +74,7 @@ def _folders(folder: Path) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror}); name another --data_dir") from error
+        raise DataError(f"{folder} cannot be read ({reason(error)}); name another --data_dir") from error
 
 
 def _configs(kind: str) -> list[str]:

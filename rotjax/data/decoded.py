@@ -15,7 +15,7 @@ import numpy as np
 
 from rotjax.data.batches import Arrays
 from rotjax.errors import DataError, InUseError, in_bytes
-from rotjax.locks import held
+from rotjax.locks import locked
 from rotjax.manifests import digest
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def decoded(key: str, count: int, image_size: int, records: Iterable[Record]) ->
             if (stored := _read(folder, image_size)) is not None:
                 return stored
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            stack.enter_context(held(folder.with_name(f"{key}.lock"), f"the cache of {what}", wait=True))
+            stack.enter_context(locked(folder.with_name(f"{key}.lock"), f"the cache of {what}", wait=True))
         except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
             if needed >= IN_MEMORY:
                 raise DataError(
@@ -113,7 +113,7 @@ def _make_room(folder: Path, what: str, needed: int) -> None:
         shutil.rmtree(folder)
     shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)
     for lock in folder.parent.glob("*.lock"):
-        with suppress(OSError, InUseError), held(lock, "this cache"):
+        with suppress(OSError, InUseError), locked(lock, "this cache"):
             shutil.rmtree(lock.with_suffix(".partial"), ignore_errors=True)
     free = shutil.disk_usage(folder.parent).free
     if needed > free:

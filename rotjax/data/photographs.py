@@ -17,7 +17,7 @@ from rotjax.data.dataset import Dataset
 from rotjax.data.decoded import Record, decoded, fingerprint, listing
 from rotjax.data.folders import MOST, Photograph, few, formats, found, shown, unclassed
 from rotjax.data.pixels import square
-from rotjax.errors import DataError
+from rotjax.errors import DataError, reason
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def _pixels(folder: Path, image_size: int, name: str) -> np.ndarray | str:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return "too many pixels"
     except OSError as error:
-        return error.strerror or str(error)
+        return reason(error)
     except Exception as error:  # on a damaged file Pillow raises nearly anything
         return f"{type(error).__name__}: {error}"
 

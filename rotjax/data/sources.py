@@ -18,19 +18,6 @@ from rotjax.errors import UsageError, in_bytes
 
 log = logging.getLogger(__name__)
 
-DEFAULTS = {
-    "digits": dict(
-        image_size=32, width=32, rotations="all", epochs=8, decay_epochs=6, batch_size=16, learning_rate=1e-3, flip=False
-    ),
-    "cifar10": dict(image_size=32),
-    "other sets": dict(image_size=64),
-}
-
-
-def defaults(name: str) -> dict:
-    """Fields of a recipe that the data set `name` decides unless the recipe says otherwise."""
-    return DEFAULTS.get(name, DEFAULTS["other sets"])
-
 
 def load(
     name: str,

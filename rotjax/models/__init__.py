@@ -28,7 +28,7 @@ def create(
     *,
     mean: tuple[float, float, float] = CIFAR10_MEAN,
     std: tuple[float, float, float] = CIFAR10_STD,
-    frozen: tuple[str, ...] = (),
+    held: tuple[str, ...] = (),
     width: int = 64,
     dtype=jnp.float32,
 ) -> Classifier:
@@ -41,4 +41,4 @@ def create(
     if stem not in get_args(StemName):
         raise UsageError(f"unknown stem {stem!r}; there are {', '.join(get_args(StemName))}")
     backbone = BACKBONES[name](stem=stem, width=width, dtype=dtype)
-    return Classifier(backbone, num_classes, tuple(mean), tuple(std), tuple(frozen), dtype)
+    return Classifier(backbone, num_classes, tuple(mean), tuple(std), tuple(held), dtype)

@@ -13,15 +13,15 @@ class Classifier(nn.Module):
     """Pixels to logits: normalisation, backbone, mean over the last map, linear head.
 
     Parameters are `{'backbone': ..., 'head': ...}`. `dtype` is the backbone's; statistics and logits are float32, or
-    float64 where `dtype` is. `frozen` are path prefixes (`'backbone'`, `'backbone/stage1'`) whose batch statistics are
-    held in training; which parameters train is the optimizer's to say (`rotjax.optim.labels`), from the same prefixes.
+    float64 where `dtype` is. `held` are path prefixes (`'backbone'`, `'backbone/stage1'`) whose batch norms use
+    their running statistics, unchanged, in training; to freeze parameters, pass them to the optimizer (`rotjax.adamw`).
     """
 
     backbone: nn.Module
     num_classes: int
     mean: tuple[float, ...] = CIFAR10_MEAN
     std: tuple[float, ...] = CIFAR10_STD
-    frozen: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
     dtype: jnp.dtype = jnp.float32
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -32,10 +32,10 @@ class Classifier(nn.Module):
     def endpoints(self, images: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         """The maps `stem`, `stage1` to `stage4`, the `features` `[B,D]` under the head, and the `logits`."""
         if images.dtype != jnp.uint8:
-            raise TypeError(f"images are {images.dtype}; a network eats uint8 pixels and normalises them by itself")
+            raise TypeError(f"images are {images.dtype}; give uint8 pixels, 0 to 255: the network normalises them itself")
         wide = jnp.promote_types(self.dtype, jnp.float32)
         x = (images.astype(wide) / 255 - jnp.array(self.mean, wide)) / jnp.array(self.std, wide)
-        endpoints = self.backbone(x.astype(self.dtype), train=train, held=held(self.frozen))
+        endpoints = self.backbone(x.astype(self.dtype), train=train, held=held_endpoints(self.held))
         *_, last = endpoints.values()
         features = last.astype(wide).mean((1, 2))
         limit = features.shape[-1] ** -0.5
@@ -54,11 +54,11 @@ def symmetric_uniform(limit: float) -> nn.initializers.Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
-def held(frozen: tuple[str, ...]) -> tuple[str, ...]:
-    """The endpoints under the path prefixes `frozen`; ValueError for a prefix that is finer than a stage."""
-    if "backbone" in frozen:
+def held_endpoints(held: tuple[str, ...]) -> tuple[str, ...]:
+    """The endpoints under the path prefixes `held`; ValueError for a prefix that is finer than a stage."""
+    if "backbone" in held:
         return STAGES
-    named = tuple(prefix.removeprefix("backbone/") for prefix in frozen if prefix.startswith("backbone/"))
+    named = tuple(prefix.removeprefix("backbone/") for prefix in held if prefix.startswith("backbone/"))
     if finer := set(named) - set(STAGES):
         raise ValueError(f"statistics are held by stage, not by {sorted(finer)}; name backbone/stem to backbone/stage4")
     return named
