@@ -4,13 +4,12 @@ import importlib.metadata
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import jax
 import optax
@@ -30,6 +29,8 @@ from rotjax.recipe_json import to_json
 from rotjax.transfer import graft
 
 log = logging.getLogger(__name__)
+
+_SAVE, _STOP = 1, 2  # what a process may wish for, by rank
 
 
 def train(
@@ -71,18 +72,10 @@ def train(
             log.info(f"resuming from step {first} of {plan.steps}")
         with parallel.together():
             logged, write = stack.enter_context(workdirs.metrics(workdir, first)) if parallel.primary() else ([], _ignore)
-        until = partial(_until, stopping, log_steps)
+        score, testing = scoring.scorer(plan, model, feed, partial(_until, stopping, log_steps)), 0.0
         stream = train_stream(plan, feed, mesh, _task(recipe))
-        score, testing = scoring.scorer(plan, model, feed, until), 0.0
-        loss = partial(training.cross_entropy, smoothing=recipe.label_smoothing)
-        step = training.train_steps(model, optimizer, mesh, stream.make, loss)
-        if first < plan.steps:
-            log.info("compiling the train step")
-            step = _compiled(step, state, stream, mesh, feeds.programs(first, plan.steps, plan.epoch_steps, feed.steps))
-        ahead = batches.read(stream.elements, start=first, threads=feed.threads, ahead=2 * feed.steps)
-        reader = stack.enter_context(closing(ahead))
-        groups = feeds.stacked(reader, feeds.sizes(first, plan.steps, plan.epoch_steps, feed.steps))
-        placed = training.place(until(groups, size=_leading), mesh, axis=1)
+        step = _compiled(plan, feed, mesh, model, optimizer, state, stream)
+        placed = stack.enter_context(closing(_placed(plan, feed, mesh, stream, first)))
         trained = training.fit(
             step, state, placed, start=first, steps=plan.steps, epoch_steps=plan.epoch_steps, log_steps=log_steps
         )
@@ -102,7 +95,11 @@ def train(
                     continue  # processes agree only where they wait for the device anyway
                 with parallel.together():
                     checkpoints.check(saved)
-                if parallel.of_primary(time.perf_counter() - last_save >= checkpoint_seconds):
+                due = parallel.primary() and time.perf_counter() - last_save >= checkpoint_seconds
+                wish = parallel.highest(_STOP if stopping.is_set() else _SAVE if due else 0)
+                if wish == _STOP:
+                    raise _Signalled
+                if wish == _SAVE:
                     _save(saved, state)
                     last_save = time.perf_counter()
             seconds = time.perf_counter() - started - testing
@@ -195,15 +192,11 @@ class _Signalled(Exception):
     """It is time to save and to stop."""
 
 
-def _until(stopping: Event, every: int, items: Iterable, size: Callable[[Any], int] = lambda item: 1) -> Iterator:
-    """`items`, until a signal has come; to any of several processes, which ask each other about `every` batches."""
-    left = 0
-    for item in items:
-        if parallel.alone() or left <= 0:
-            left = every
-            if parallel.highest(stopping.is_set()):
-                raise _Signalled
-        left -= size(item)
+def _until(stopping: Event, every: int, items: Iterable) -> Iterator:
+    """`items`, until a signal has come; to any of several processes, which ask each other before each `every`th item."""
+    for number, item in enumerate(items):
+        if (parallel.alone() or number % every == 0) and parallel.highest(stopping.is_set()):
+            raise _Signalled
         yield item
 
 
@@ -244,9 +237,19 @@ def train_stream(plan: Plan, feed: Feed, mesh: Mesh, task: tasks.Task) -> Stream
 
 
 def _compiled(
-    step: jax.stages.Wrapped, state: training.TrainState, stream: Stream, mesh: Mesh, sizes: set[int]
+    plan: Plan,
+    feed: Feed,
+    mesh: Mesh,
+    model: Classifier,
+    optimizer: optax.GradientTransformation,
+    state: training.TrainState,
+    stream: Stream,
 ) -> training.Step:
-    """`step` on what lies on the devices, compiled for dispatches of `sizes` steps."""
+    """The train steps of each dispatch from `state` on, on what lies on the devices; compiled for every size of these."""
+    loss = partial(training.cross_entropy, smoothing=plan.recipe.label_smoothing)
+    step, first = training.train_steps(model, optimizer, mesh, stream.make, loss), int(state.step)
+    if first < plan.steps:
+        log.info("compiling the train step")
     with closing(batches.read(stream.elements[:1])) as reader:
         (one,) = training.place(reader, mesh)
 
@@ -256,8 +259,16 @@ def _compiled(
 
         return step.lower(state, jax.tree.map(several, one), stream.data).compile()
 
+    sizes = feeds.programs(first, plan.steps, plan.epoch_steps, feed.steps) if first < plan.steps else ()
     programs = {size: program(size) for size in sizes}
     return lambda state, given: programs[_leading(given)](state, given, stream.data)
+
+
+def _placed(plan: Plan, feed: Feed, mesh: Mesh, stream: Stream, first: int) -> Generator[dict, None, None]:
+    """What each dispatch from step `first` on is given, on the devices."""
+    with closing(batches.read(stream.elements, start=first, threads=feed.threads, ahead=2 * feed.steps)) as reader:
+        groups = feeds.stacked(reader, feeds.sizes(first, plan.steps, plan.epoch_steps, feed.steps))
+        yield from training.place(groups, mesh, axis=1)
 
 
 def _leading(batches: dict) -> int:

@@ -191,11 +191,13 @@ def fit(
     that are not finite, ValueError for stacked batches that straddle epochs or go beyond `steps`.
     """
     number, batches = start, iter(batches)
-    while number < steps and (batch := next(batches, None)) is not None:
+    batch = next(batches, None) if number < steps else None
+    while batch is not None:
         if number % epoch_steps == 0:
             state = dataclasses.replace(state, sums=jax.jit(_no_sums, out_shardings=state.step.sharding)())
         state, metrics = step(state, batch)
         before, number = number, number + metrics["loss"].size
+        batch = next(batches, None) if number < steps else None  # now, while the devices work, before they are waited for
         epoch, rows = (number - 1) // epoch_steps + 1, []
         if before // epoch_steps != epoch - 1 or number > steps:
             raise ValueError(f"{number - before} batches after step {before} go beyond its epoch, or step {steps}")
