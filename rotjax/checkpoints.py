@@ -26,6 +26,9 @@ from rotjax.transfer import joined, part
 log = logging.getLogger(__name__)
 
 KEEP = 2  # so that a sound one is there while the newest is written
+SAVING = ocp.options.ArrayOptions.Saving(
+    use_replica_parallel=False
+)  # else it compiles a program for every slice
 
 
 @dataclass
@@ -76,7 +79,8 @@ def save(checkpoints: Checkpoints, state: TrainState) -> None:
         with parallel.together():
             if parallel.primary():
                 _begin(directory, step, size)
-        response = ocp.save_checkpointables_async(_absolute(directory / str(step)), _parts(state), overwrite=True)
+        with ocp.Context(array_options=ocp.options.ArrayOptions(saving=SAVING)):
+            response = ocp.save_checkpointables_async(_absolute(directory / str(step)), _parts(state), overwrite=True)
     except (OSError, ValueError) as error:
         raise _unsaved(directory, step, size, error) from error
     checkpoints.pending = checkpoints.pool.submit(_finish, checkpoints, step, size, response)

@@ -245,3 +245,18 @@ def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32():
 def test_a_network_eats_nothing_but_uint8():
     with pytest.raises(TypeError, match="uint8"):
         small().init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+
+
+def test_the_next_batch_is_made_before_anything_is_waited_for_and_none_beyond_the_last_step():
+    drawn = []
+
+    def given():
+        for number in range(9):
+            drawn.append(number)
+            yield batch(seed=number)
+
+    model, optimizer = small(), rotjax.adamw(0.01)
+    state = rotjax.init_state(optimizer, training.init_variables(model, 0, 8))
+    step = rotjax.train_step(model, optimizer)
+    fitting = rotjax.fit(step, state, rotjax.place(given()), steps=4, epoch_steps=4, log_steps=1)
+    assert [len(drawn) for _ in fitting] == [2, 3, 4, 4]
