@@ -4,6 +4,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,12 @@ from pathlib import Path
 import grain
 import jax
 
-from experiments import command, overheads, speed
+from experiments import command, overheads, peers, speed
 from experiments.outcomes import RESULTS
-from experiments.report import say
+from experiments.report import complain, say
 from experiments.tables import table
 from rotjax import parallel
-from rotjax.errors import UsageError
+from rotjax.errors import RotjaxError, UsageError, reason
 from rotjax.feed import Where
 from rotjax.run import versions
 from rotjax.workdirs import write_json
@@ -133,6 +134,7 @@ def main() -> int:
         """
         return command.guarded(lambda: run(only, repeats, results, profile))
 
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch and rows that are commands want memory too
     return command.cli(benchmark, "benchmark")
 
 
@@ -144,17 +146,30 @@ def run(only: str, repeats: int, results: Path, profile: Path | None = None) -> 
     command.check_folder("results", results)
     command.check_folder("profile", profile)
     parallel.check_devices()
+    if (count := jax.device_count()) > 1:
+        raise UsageError(f"the peers use one device and here are {count}; set CUDA_VISIBLE_DEVICES=0 or TPU_VISIBLE_CHIPS=0")
     if profile:
         step = speed.train_rate("resnet18", "imagenet")
         with jax.profiler.trace(str(profile)):
             step()
         say(f"the trace of a second of train steps is in {profile}")
         return
+    failed = []
     for row in asked:
         if row.gpu and jax.default_backend() == "cpu":
             say(f"{row.name:16} needs a GPU: {row.ratio}")
             continue
-        result = measure(row, repeats)
+        try:
+            result = measure(row, repeats)
+        except (
+            RuntimeError,
+            subprocess.CalledProcessError,
+        ) as error:  # of JAX, torch, a command
+            failed.append(row.name)
+            complain(f"row {row.name} failed: {reason(error)}")
+            continue
+        finally:
+            peers.release()
         folder = results / "benchmark" / jax.default_backend()
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{row.name}.json", result)
@@ -162,6 +177,8 @@ def run(only: str, repeats: int, results: Path, profile: Path | None = None) -> 
         say(f"{name:10} {here.replace('*', ''):14} (goal {goal}; {ours} / {theirs}): {what}")
     (results / "performance.md").write_text(page(results / "benchmark"))
     say(f"\n{results / 'performance.md'}")
+    if failed:
+        raise RotjaxError(f"rows {', '.join(failed)} failed, for the reasons above; the others are written")
 
 
 def chosen(only: str) -> Sequence[Row]:

@@ -1,5 +1,7 @@
 """What rotjax is compared with: torchvision's networks by PyTorch, and Grain's pipeline as one would first write it."""
 
+import gc
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -50,7 +52,10 @@ def torch_step(name: str, stem: str, batch: Arrays, *, dtype: str = "float32", c
         with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
             return torch.nn.functional.cross_entropy(model((images - mean) / std), labels)
 
-    forward: Any = torch.compile(loss) if compiled else loss
+    forward: Any = loss
+    if compiled:
+        torch._dynamo.reset()  # it knows functions by their code, and would compile for any batch size from the second on
+        forward = torch.compile(loss, dynamic=False)
 
     def steps(count: int) -> float:
         began = time.perf_counter()
@@ -63,6 +68,13 @@ def torch_step(name: str, stem: str, batch: Arrays, *, dtype: str = "float32", c
         return time.perf_counter() - began
 
     return steps
+
+
+def release() -> None:
+    """Gives the memory of a GPU back that torch keeps of steps which are gone."""
+    if torch := sys.modules.get("torch"):
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _stemmed(model: Any, stem: str) -> Any:

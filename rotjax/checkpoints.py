@@ -26,9 +26,7 @@ from rotjax.transfer import joined, part
 log = logging.getLogger(__name__)
 
 KEEP = 2  # so that a sound one is there while the newest is written
-SAVING = ocp.options.ArrayOptions.Saving(
-    use_replica_parallel=False
-)  # else it compiles a program for every slice
+SAVING = ocp.options.ArrayOptions.Saving(use_replica_parallel=False)  # else it compiles a program for every slice
 
 
 @dataclass

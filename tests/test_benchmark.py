@@ -3,11 +3,12 @@
 import json
 import math
 
+import jax
 import pytest
 
 from experiments import benchmark, speed
 from experiments.outcomes import RESULTS
-from rotjax.errors import UsageError
+from rotjax.errors import RotjaxError, UsageError
 
 
 def test_every_row_is_there():
@@ -34,6 +35,18 @@ def test_a_row_is_measured_and_what_needs_a_gpu_is_not_made_up(tmp_path, capsys,
     assert path.name == "e.json" and len(result["ratios"]) == 2 and result["ours"] > result["theirs"] > 0
     assert "m                needs a GPU" in capsys.readouterr().out
     assert "| e | crop, flip and turn" in (tmp_path / "performance.md").read_text()
+
+
+def test_a_row_that_fails_is_told_and_the_others_are_measured(tmp_path, capsys, monkeypatch):
+    def fails():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory\nand more")
+
+    rows = (benchmark.Row("x", "", 1.0, True, fails), benchmark.Row("y", "", 1.0, True, lambda: (lambda: 2.0, lambda: 1.0)))
+    monkeypatch.setattr(benchmark, "ROWS", rows)
+    with pytest.raises(RotjaxError, match="rows x failed"):
+        benchmark.run("", 1, tmp_path)
+    assert "row x failed: RESOURCE_EXHAUSTED: no memory\n" in capsys.readouterr().err
+    assert "| y | " in (tmp_path / "performance.md").read_text()
 
 
 def test_without_its_peer_a_row_shows_rotjax_alone(tmp_path):
