@@ -6,8 +6,10 @@ them knows (the files, the clock, a signal, an error) they make known to all at 
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from glob import glob
 
 import jax
 import numpy as np
@@ -16,7 +18,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rotjax.errors import DesertedError, FellowError, Stopped, UsageError, reason
 
-LOST = {"UNKNOWN", "UNAVAILABLE", "INTERNAL", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED"}  # what a broken link is to JAX
+LOST = {"UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED"}  # what a broken link is to JAX, or one of
+VAGUE = {"UNKNOWN", "INTERNAL"}  # which faults of a GPU are too, where these words are not in it
+LINKS = re.compile("gloo|nccl|connection|socket|peer|coordination", re.IGNORECASE)
 PATIENCE = 30  # seconds that a process may be silent before the others take it for dead
 
 
@@ -66,6 +70,7 @@ def join() -> None:
         jax.distributed.initialize(
             num_processes=_number("JAX_NUM_PROCESSES"),
             process_id=_number("JAX_PROCESS_ID"),
+            local_device_ids=own_gpus(os.environ),
             heartbeat_timeout_seconds=PATIENCE,
             shutdown_timeout_seconds=PATIENCE,
         )
@@ -74,6 +79,20 @@ def join() -> None:
             f"--distributed finds no other processes ({reason(error)}); start it by srun or mpirun, or set"
             " JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
+
+
+def own_gpus(environment: Mapping[str, str]) -> list[int] | None:
+    """Which of the GPUs that this process sees are its own; None leaves it to JAX.
+
+    Under SLURM and Open MPI JAX gives each process the one GPU of its place on the node. But the only process of a node has
+    all of them, and where the launcher shows each process its own alone (`--gpus-per-task`) these are numbered from 0.
+    """
+    shown = environment.get("CUDA_VISIBLE_DEVICES")
+    count = len(glob("/dev/nvidia[0-9]*") if shown is None else [one for one in shown.split(",") if one])
+    tasks, nodes = (environment.get(name) for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_NODES"))
+    only = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or ("SLURM_LOCALID" in environment and tasks == nodes)
+    bound = count == 1 or environment.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2] == str(count)
+    return list(range(count)) if count and (only or bound) and "JAX_LOCAL_DEVICE_IDS" not in environment else None
 
 
 def check_devices() -> None:
@@ -131,7 +150,8 @@ def deserted() -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # one or the other, as the step was under way or to start
-        if str(error).partition(":")[0] not in LOST or alone():
+        code = str(error).partition(":")[0]
+        if alone() or not (code in LOST or (code in VAGUE and LINKS.search(str(error)))):
             raise
         raise DesertedError(
             f"another process of this run is gone ({reason(error)}); start all again, they go on from the last checkpoint"

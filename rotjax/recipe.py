@@ -70,7 +70,7 @@ class Recipe:
     validation: float = 0.0
     """Fraction of each class's training images held out and scored in place of the test images, for tuning; 0: off."""
     dtype: Literal["float32", "bfloat16"] = DEFERRED
-    """Compute dtype of the backbone; parameters, batch statistics and logits are always float32."""
+    """Compute dtype of the backbone (convolutions in float32 are TF32 on a GPU, as torch's); all else is float32."""
     width: int = DEFERRED
     """Output channels of the stem; all other layers scale with it."""
     mean: RGB = DEFERRED

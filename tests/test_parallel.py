@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from rotjax.errors import UsageError
-from rotjax.parallel import check_batch
+from rotjax import parallel
+from rotjax.errors import DesertedError, UsageError
+from rotjax.parallel import check_batch, own_gpus
 
 STEPS = """
 import jax, json, numpy as np, optax, rotjax, sys
@@ -114,3 +116,38 @@ def test_P4_a_batch_that_devices_cannot_share_is_refused_with_the_nearest_that_t
         check_batch(126, Four)
     with pytest.raises(UsageError, match="use 4"):
         check_batch(1, Four)
+
+
+SLURM = {"SLURM_LOCALID": "3", "SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "8"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "own"),
+    [
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, None),  # four processes on each node: JAX gives the fourth number 3
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, [0]),  # the one that it is shown is its first
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "6,7", "SLURM_GPUS_PER_TASK": "h100:2"}, [0, 1]),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_NTASKS": "2"}, [0, 1, 2, 3]),  # one process on each node
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "", "SLURM_NTASKS": "2"}, None),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "3", "JAX_LOCAL_DEVICE_IDS": "1"}, None),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "CUDA_VISIBLE_DEVICES": "0,1"}, [0, 1]),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, None),
+    ],
+)
+def test_a_process_has_the_gpus_that_its_launcher_means_for_it(environment, own):
+    assert own_gpus(environment) == own
+
+
+@pytest.mark.parametrize("said", ["INTERNAL: ptxas exited with non-zero error code 2", "INVALID_ARGUMENT: connection"])
+def test_a_fault_of_its_own_is_not_taken_for_that_of_another_process(said, monkeypatch):
+    monkeypatch.setattr(parallel, "alone", lambda: False)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=said), parallel.deserted():
+        raise jax.errors.JaxRuntimeError(said)
+    for lost in (
+        "UNAVAILABLE: gone",
+        "INTERNAL: [external/gloo] Connection closed by peer",
+        "UNKNOWN: NCCL operation failed",
+    ):
+        with pytest.raises(DesertedError), parallel.deserted():
+            raise jax.errors.JaxRuntimeError(lost)

@@ -42,6 +42,7 @@ class Classifier(nn.Module):
         head = nn.Dense(
             self.num_classes,
             dtype=wide,
+            precision=jax.lax.Precision.HIGHEST,  # or accelerators round its operands
             kernel_init=symmetric_uniform(limit),
             bias_init=symmetric_uniform(limit * self.backbone.head_bias_scale),
             name="head",
