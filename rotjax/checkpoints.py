@@ -31,7 +31,7 @@ SAVING = ocp.options.ArrayOptions.Saving(use_replica_parallel=False)  # else it 
 
 @dataclass
 class Checkpoints:
-    """Those in `directory`, the save that is `pending`, and what raises CheckpointError where they are no longer ours."""
+    """The checkpoints in `directory`, the save under way, and `claim`, which raises CheckpointError if they are not ours."""
 
     directory: Path
     claim: Callable[[], None]
@@ -41,7 +41,7 @@ class Checkpoints:
 
 @contextmanager
 def open_checkpoints(directory: Path, claim: Callable[[], None] = lambda: None) -> Iterator[Checkpoints]:
-    """The checkpoints in `directory`, cleared of unfinished ones; waits on leaving for a save under way.
+    """Opens the checkpoints in `directory`, removing unfinished ones; on exit waits for a save under way.
 
     Nothing is saved or removed once `claim` raises, see `workdirs.claimed`. Raises CheckpointError where nothing can be
     written, or where the last save failed.
@@ -63,7 +63,7 @@ def open_checkpoints(directory: Path, claim: Callable[[], None] = lambda: None) 
 
 
 def save(checkpoints: Checkpoints, state: TrainState) -> None:
-    """Starts to save `state` unless its step is saved already; its arrays may be donated as soon as this returns.
+    """Starts an asynchronous save of `state` unless its step is saved; its arrays may be donated once this returns.
 
     Raises CheckpointError where this save cannot start or the one before it failed.
     """
@@ -85,7 +85,7 @@ def save(checkpoints: Checkpoints, state: TrainState) -> None:
 
 
 def check(checkpoints: Checkpoints) -> None:
-    """Raises CheckpointError where a save has failed meanwhile."""
+    """Raises CheckpointError if the last save has failed; does not wait for it."""
     if checkpoints.pending and checkpoints.pending.done():
         wait(checkpoints)
 
@@ -98,14 +98,14 @@ def wait(checkpoints: Checkpoints) -> None:
 
 
 def restore(directory: Path, step: int, state: TrainState) -> TrainState:
-    """The checkpoint of `step`, in the shapes and shardings of `state`."""
+    """The state saved at `step`, with the shapes and shardings of `state`."""
     parts = load_parts(directory, step, _parts(state))
     rest = parts.pop("optimizer")
     return TrainState(variables=joined(parts), **rest)
 
 
 def newest(directory: Path) -> int | None:
-    """Step of the newest sound checkpoint, None where there never was one; damaged ones are named in a warning.
+    """Step of the newest valid checkpoint, None if there never was one; warns of damaged ones.
 
     Raises CheckpointError where every one is damaged.
     """
@@ -125,7 +125,7 @@ def newest(directory: Path) -> int | None:
 
 
 def latest_step(directory: Path) -> int:
-    """Step of the newest sound checkpoint in `directory`; CheckpointError where there is none."""
+    """Step of the newest valid checkpoint in `directory`; CheckpointError if there is none."""
     try:
         step = newest(directory)
     except OSError as error:
@@ -136,7 +136,7 @@ def latest_step(directory: Path) -> int:
 
 
 def load_parts(directory: Path, step: int, abstract: dict) -> dict:
-    """The parts named in `abstract`, in its shapes and on its devices; CheckpointError for any mismatch, NaN or infinity."""
+    """Loads the parts named in `abstract`, with its shapes and shardings; CheckpointError for a mismatch, NaN or infinity."""
     try:
         wanted = jax.tree.map(lambda leaf: _Abstract(leaf.shape, leaf.sharding), abstract)
         parts = ocp.load_checkpointables(_absolute(directory / str(step)), wanted)
@@ -166,7 +166,7 @@ def _begin(directory: Path, step: int, size: int) -> None:
 
 
 def _finish(checkpoints: Checkpoints, step: int, size: int, response: ocp.AsyncResponse) -> None:
-    """Once `step` is written by all processes, makes it count, and removes what is older than the newest `KEEP`."""
+    """Once all processes have written `step`, makes it valid and removes all but the newest `KEEP` checkpoints."""
     directory = checkpoints.directory
     try:
         response.result()
@@ -202,7 +202,7 @@ def _room(directory: Path, size: int) -> str:
 
 
 def quiet() -> None:
-    """Keeps out of this process's stderr what Orbax and TFDS narrate, for a program that says by itself what counts."""
+    """Silences the logs of Orbax and TFDS in this process, for a program that reports by itself."""
     logging.getLogger("absl").addFilter(_critical)
     if getattr(sys.unraisablehook, "func", None) is not _unraisable:
         sys.unraisablehook = partial(_unraisable, sys.unraisablehook)
@@ -233,7 +233,7 @@ def _parts(state: TrainState) -> dict[str, dict]:
 
 @dataclass(frozen=True)
 class _Abstract:
-    """What Orbax is to load, as it was saved: asked for another dtype, it would convert without a word."""
+    """A leaf to be loaded in the dtype it was saved in: asked for another, Orbax would convert silently."""
 
     shape: tuple[int, ...]
     sharding: jax.sharding.Sharding

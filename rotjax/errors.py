@@ -1,15 +1,15 @@
-"""What a caller can cause: one line that says what is wrong, where, and what to do; commands exit with `exit_code`."""
+"""Errors that a caller can cause: one line says what is wrong, where, and what to do; commands exit with `exit_code`."""
 
 import os
 
 
 def launcher() -> str:
-    """What stands before `python` in a command that the user is told to type: `uv run ` where uv runs this one."""
+    """The prefix of commands shown to the user: `uv run ` if this process was started by it."""
     return "uv run " if "UV" in os.environ else ""
 
 
 def in_bytes(count: float) -> str:
-    """`count` bytes in the unit in which they are one to three digits."""
+    """`count` bytes in kB, MB or GB."""
     unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if count >= unit), (1e3, "kB"))
     return f"{count / unit:,.1f} {name}"
 
@@ -21,19 +21,19 @@ def reason(error: BaseException) -> str:
 
 
 class RotjaxError(Exception):
-    """What a caller can cause."""
+    """Base of the errors that a caller can cause."""
 
     exit_code = 1
 
 
 class UsageError(RotjaxError, ValueError):
-    """Something is named wrongly, out of range, or contradicts."""
+    """An argument is unknown, out of range or contradictory."""
 
     exit_code = 2
 
 
 class DataError(RotjaxError):
-    """Data is not there, not readable, or too small."""
+    """Data is missing, unreadable or too small."""
 
     exit_code = 3
 
@@ -45,19 +45,19 @@ class CheckpointError(RotjaxError):
 
 
 class NonFiniteError(RotjaxError):
-    """The loss is no longer a number."""
+    """The loss or the variables are no longer finite."""
 
     exit_code = 5
 
 
 class InUseError(RotjaxError):
-    """Another process is at work in the workdir."""
+    """Another process is using the workdir."""
 
     exit_code = 6
 
 
 class Stopped(RotjaxError):
-    """A signal stopped the run after it had saved; the same command continues (EX_TEMPFAIL)."""
+    """A signal stopped the run after saving; the same command resumes (EX_TEMPFAIL)."""
 
     exit_code = 75
 
@@ -71,6 +71,6 @@ class FellowError(RotjaxError):
 
 
 class DesertedError(RotjaxError):
-    """Another process of this run is gone; the same command, in all of them, continues from the last checkpoint."""
+    """Another process of this run has died; the same command, in all of them, resumes from the last checkpoint."""
 
     exit_code = 75

@@ -27,7 +27,7 @@ ROOM = 4  # the images may take one part in so many of a device's memory
 
 @dataclass(frozen=True)
 class Stream:
-    """`elements`, one a batch, which become `make(data, element)` on the devices."""
+    """`elements`, one per batch; on the devices each becomes the batch `make(data, element)`."""
 
     elements: Batches
     make: Make
@@ -36,20 +36,20 @@ class Stream:
 
 @dataclass(frozen=True)
 class Feed:
-    """Batches are made where `augment` says, `steps` of them a dispatch, read by `threads`, 0 for the caller's."""
+    """Where batches are made, how many `steps` a dispatch takes, and how many `threads` read ahead (0: the caller's)."""
 
     augment: Where
     steps: int
     threads: int
 
     def put(self, data: Arrays, mesh: Mesh) -> Any:
-        """`data` where its batches are made."""
+        """`data` on the host or on the devices, where batches are made."""
         if self.augment == "host":
             return data
         return jax.tree.map(partial(jax.make_array_from_process_local_data, replicated(mesh)), data)
 
     def stream(self, picks: Batches, view: Make, data: Any) -> Stream:
-        """The batches `view(data, pick)` of `data` that was `put`."""
+        """The batches `view(data, pick)`, for `data` from `put`."""
         if self.augment == "host":
             return Stream(viewed(data, picks, view), sent, None)
         return Stream(picks, view, data)
@@ -64,7 +64,7 @@ def check(steps: int | None, threads: int | None) -> None:
 
 
 def choose(plan: Plan, augment: Where | None, steps: int | None, threads: int | None) -> Feed:
-    """The feed of a run, alike in all processes, what is None as it suits the devices; raises UsageError as `check` does.
+    """The feed of a run, the same in all processes, with None replaced by what suits the devices; raises as `check` does.
 
     A CPU makes batches as it trains, one step a dispatch: a loop of steps would be slow there, see `train_steps`.
     """
@@ -83,7 +83,7 @@ def choose(plan: Plan, augment: Where | None, steps: int | None, threads: int | 
 
 
 def sizes(start: int, steps: int, epoch_steps: int, most: int) -> Iterator[int]:
-    """How many of the steps from `start` to `steps` each dispatch takes: `most`, or one.
+    """Yields the number of steps of each dispatch from step `start` to `steps`: `most`, or one.
 
     Every epoch is divided alike, from its first step on, whichever step a run resumes from: the same step is computed by
     the same program, to the same bits.
@@ -96,13 +96,13 @@ def sizes(start: int, steps: int, epoch_steps: int, most: int) -> Iterator[int]:
 
 
 def programs(start: int, steps: int, epoch_steps: int, most: int) -> set[int]:
-    """What `sizes` may give."""
+    """The values that `sizes` yields."""
     edges = (start % epoch_steps, epoch_steps, steps % epoch_steps)
     return {most, 1} if any(edge % most for edge in edges) else {most}
 
 
 def stacked(elements: Iterable[Arrays], sizes: Iterable[int]) -> Iterator[Arrays]:
-    """As many `elements` as each of `sizes` says, along a new leading axis."""
+    """Yields groups of `elements`, as many as each of `sizes`, stacked along a new leading axis."""
     elements = iter(elements)
     for size in sizes:
         yield jax.tree.map(lambda *arrays: np.stack(arrays), *islice(elements, size))

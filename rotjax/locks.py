@@ -1,4 +1,4 @@
-"""One process at a time: a lock file that says which."""
+"""A lock file that names the process holding it."""
 
 import fcntl
 import logging

@@ -1,7 +1,6 @@
-"""Which steps in a folder of checkpoints count: those with a manifest, `<step>.json`, the SHA-256 of each of their files.
+"""Manifests of checkpoints: a step is valid if it has one, `<step>.json`, with the SHA-256 of each of its files.
 
-While a step is written or removed it is `<step>.unfinished` that lies there instead, by which the next run knows what it
-may clear away.
+While a step is written or removed it has the marker `<step>.unfinished` instead, so that the next run may remove it.
 """
 
 import hashlib
@@ -19,22 +18,22 @@ LARGEST = 2**26  # bytes of a JSON file that is believed
 
 
 def steps(directory: Path) -> list[int]:
-    """Those that have a manifest, the newest first."""
+    """The steps that have a manifest, newest first."""
     return _marked(directory, "json")
 
 
 def unfinished(directory: Path) -> list[int]:
-    """Those that are marked so."""
+    """The steps that are marked unfinished."""
     return _marked(directory, "unfinished")
 
 
 def foreign(directory: Path, step: int) -> bool:
-    """Whether something lies in the place of `step` that was not saved here: it has neither manifest nor marker."""
+    """Whether the place of `step` is taken by something that was not saved here: it has neither manifest nor marker."""
     return os.path.lexists(directory / str(step)) and step not in steps(directory) + unfinished(directory)
 
 
 def damage(directory: Path, step: int) -> str:
-    """What is wrong with the files of `step`, in words; empty where they are those that were saved."""
+    """What is wrong with the files of `step`, in words; empty if they match the manifest."""
     folder, manifest = directory / str(step), directory / f"{step}.json"
     try:
         listed, paths = read_json(manifest), files(folder)
@@ -49,13 +48,13 @@ def damage(directory: Path, step: int) -> str:
 
 
 def begin(directory: Path, step: int) -> None:
-    """Marks `step` unfinished: whatever there is of it no longer counts."""
+    """Marks `step` unfinished, hence invalid."""
     (directory / f"{step}.json").unlink(missing_ok=True)
     (directory / f"{step}.unfinished").touch()
 
 
 def finish(directory: Path, step: int) -> None:
-    """Makes `step`, of which all files are there, count, once they and their manifest are on the disk for good."""
+    """Writes the manifest of the complete `step`, which makes it valid, after syncing all files to disk."""
     folder, unfinished = directory / str(step), directory / f"{step}.unfinished"
     with open(unfinished, "w") as file:
         json.dump({path: digest(folder / path, keep=True) for path in files(folder)}, file, indent=1)
@@ -65,13 +64,13 @@ def finish(directory: Path, step: int) -> None:
 
 
 def remove(directory: Path, step: int) -> None:
-    """Removes `step`, which from the first moment on does not count."""
+    """Removes `step`, invalidating it first."""
     (directory / f"{step}.json").rename(directory / f"{step}.unfinished")
     discard(directory, step)
 
 
 def discard(directory: Path, step: int) -> None:
-    """Removes what there is of the unfinished `step`, the marker last."""
+    """Removes the files of the unfinished `step`, the marker last."""
     for path in (directory / str(step), *directory.glob(f"{step}.orbax-checkpoint-tmp*")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -91,7 +90,7 @@ def files(folder: Path) -> list[str]:
 
 
 def digest(path: Path, keep: bool = False) -> str:
-    """SHA-256 of a file; with `keep`, once it is on the disk for good."""
+    """SHA-256 of a file; with `keep`, after syncing it to disk."""
     with open(path, "rb") as file:
         if keep:
             os.fsync(file.fileno())
@@ -99,7 +98,7 @@ def digest(path: Path, keep: bool = False) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds that anybody may have written; raises OSError, or ValueError for any odd content."""
+    """The content of an untrusted JSON file; raises OSError, or ValueError for malformed content."""
     if path.stat().st_size > LARGEST:
         raise ValueError("it is too large")
     try:

@@ -1,4 +1,4 @@
-"""Optimizers and schedules of the learning rate, for the parameters that train."""
+"""Learning-rate schedules, and optimizers that leave frozen parameters alone."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Literal
@@ -50,7 +50,7 @@ def adamw(
 
 
 def sgd(schedule: optax.ScalarOrSchedule, weight_decay: float, frozen: tuple[str, ...] = ()) -> optax.GradientTransformation:
-    """SGD with Nesterov's momentum of 0.9 and decay through every gradient, as torch's; `frozen` as of `adamw`."""
+    """SGD with Nesterov momentum 0.9 and L2 weight decay on all parameters, as torch's; `frozen` as in `adamw`."""
     momentum = optax.sgd(schedule, momentum=0.9, nesterov=True)
     return _for_trainable(optax.chain(optax.add_decayed_weights(weight_decay), momentum), frozen)
 

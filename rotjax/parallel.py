@@ -1,4 +1,4 @@
-"""Devices, of one process or of many: state on all of them, batches split among them; and what processes agree on.
+"""Meshes and shardings over the devices of one or many processes: state replicated, batches split; and collectives.
 
 One device is the smallest mesh, and one process agrees with itself. Processes run the same program; whatever only one of
 them knows (the files, the clock, a signal, an error) they make known to all at the same point, or they would part.
@@ -35,12 +35,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """That axis shared out among the devices, by however many axes `mesh` arranges them."""
+    """Array axis `axis` sharded over all devices, across all axes of `mesh`."""
     return NamedSharding(_automatic(mesh), PartitionSpec(*[None] * axis, mesh.axis_names))
 
 
 def _automatic(mesh: Mesh) -> Mesh:
-    """`mesh` with its shardings left to the compiler: those of `jax.make_mesh` want one said for every operation."""
+    """`mesh` with automatic axes: those of `jax.make_mesh` are explicit."""
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
 
 
@@ -52,7 +52,7 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
 
 
 def share(batch_size: int, mesh: Mesh) -> slice:
-    """What of a batch this process gives to its devices; ValueError where `mesh` has others' between them."""
+    """The slice of a global batch for this process's devices; ValueError if they are not contiguous in `mesh`."""
     own = [number for number, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
     if own != list(range(own[0], own[-1] + 1)):
         raise ValueError("the devices of a process are not beside each other in this mesh; order them as data_mesh does")
@@ -60,7 +60,7 @@ def share(batch_size: int, mesh: Mesh) -> slice:
 
 
 def join() -> None:
-    """Makes this process one of those that a cluster, or the environment, names; before anything else asks for devices.
+    """Joins the processes that a cluster, or the environment, names; to be called before anything else asks for devices.
 
     JAX finds SLURM, Open MPI, Kubernetes and TPU pods by itself; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
     JAX_PROCESS_ID say it. Raises UsageError where nothing does.
@@ -117,24 +117,24 @@ def primary() -> bool:
 
 
 def highest(value: int) -> int:
-    """The highest `value` of any process; every process asks at the same point."""
+    """The maximum of `value` over all processes; a collective."""
     return value if alone() else int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
 def of_primary(value: int) -> int:
-    """The `value`, not negative, of the process that writes files; every process asks at the same point."""
+    """The non-negative `value` of the process that writes files; a collective."""
     return highest(value if primary() else -1)
 
 
 def alike(words: str) -> bool:
-    """Whether every process says the same `words`; every process asks at the same point."""
+    """Whether `words` are the same in all processes; a collective."""
     digest = np.frombuffer(hashlib.sha256(words.encode()).digest(), np.uint32)
     return alone() or bool((multihost_utils.process_allgather(digest) == digest).all())
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Processes leave this block once all have done it; where one of them fails, the others do with FellowError."""
+    """A block that processes leave together; if one of them fails in it, the others raise FellowError; a collective."""
     try:
         yield
     except BaseException as error:
@@ -146,7 +146,7 @@ def together() -> Iterator[None]:
 
 @contextmanager
 def deserted() -> Iterator[None]:
-    """What JAX raises here once a fellow process is gone becomes DesertedError."""
+    """Turns what JAX raises here when another process has died into DesertedError."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # one or the other, as the step was under way or to start

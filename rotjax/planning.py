@@ -1,4 +1,4 @@
-"""What a run is to be, before any of it is done: recipe, data and backbone, refused where they do not go together."""
+"""Plans of runs: recipe, data and pretrained backbone, validated before anything is trained."""
 
 import dataclasses
 import logging
@@ -33,19 +33,19 @@ class Plan:
 
     @property
     def epochs(self) -> int | float:
-        """How many the steps are; no whole number where `max_steps` cuts the last one short."""
+        """The number of epochs; fractional if `max_steps` cuts the last one short."""
         whole, rest = divmod(self.steps, self.epoch_steps)
         return whole if not rest else round(self.steps / self.epoch_steps, 2)
 
     @property
     def boundaries(self) -> range:
-        """The steps from which on the learning rate is a tenth of what it was."""
+        """The steps at which the learning rate is divided by 10."""
         period = self.recipe.decay_epochs * self.epoch_steps
         return range(period, self.steps, period) if self.recipe.schedule == "steps" else range(0)
 
     @property
     def schedule(self) -> optax.Schedule:
-        """The learning rate at each step, which `max_steps` does not change."""
+        """The learning-rate schedule; `max_steps` does not change it."""
         recipe = self.recipe
         rise, total = recipe.warmup_epochs * self.epoch_steps, recipe.epochs * self.epoch_steps
         if recipe.schedule == "cosine":

@@ -84,27 +84,27 @@ class Recipe:
 
     @property
     def views(self) -> int:
-        """Images that a step trains on."""
+        """Images (views) that a step trains on."""
         return self.batch_size
 
     @property
     def tested_on(self) -> str:
-        """What it is scored on, in words."""
+        """What the run is scored on: test or validation images."""
         return "validation images" if self.validation else "test images"
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Path prefixes of the parameters that stay."""
+        """Path prefixes of the frozen parameters."""
         return ()
 
     @property
     def held(self) -> tuple[str, ...]:
-        """Path prefixes of the stages whose batch statistics stay."""
+        """Path prefixes of the stages whose batch norms use their running statistics in training."""
         return ()
 
     @property
     def name(self) -> str:
-        """`<job>-<dataset>-<backbone>-<hash>`, of what is not as usual: a field that a later rotjax adds changes no name."""
+        """`<job>-<dataset>-<backbone>-<hash of the fields that are not the report's>`: fields added later change no name."""
         usual = dataclasses.asdict(type(self)()) | presets.REPORT[self.job]
         own = {key: value for key, value in dataclasses.asdict(self).items() if value != usual[key]}
         words = json.dumps(own, sort_keys=True)
@@ -140,7 +140,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Rotation(Recipe):
-    """Pretrain a network by predicting by how many quarter turns each image was rotated (report, row 1)."""
+    """Pretrain a network by predicting each image's rotation, one of four quarter turns (report, row 1)."""
 
     rotations: Literal["random", "all"] = DEFERRED
     """random: one turn per image, the report's; all: every image in its four turns, four times the views per step."""
@@ -155,7 +155,7 @@ class Rotation(Recipe):
 
 @dataclass(frozen=True)
 class Classification(Recipe):
-    """Learn an image set's classes, from a pretrained backbone or from scratch (report, rows 2 to 6)."""
+    """Train a classifier, from a pretrained backbone or from scratch (report, rows 2 to 6)."""
 
     pretrained: str | None = None
     """Workdir of the run that provides backbone (with its stem and width), mean and std; if not given, from scratch."""

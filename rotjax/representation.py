@@ -1,4 +1,4 @@
-"""What a network makes of images, stage by stage, as vectors: for neighbours, clusters, probes."""
+"""Feature vectors of images, stage by stage: for nearest neighbours, clustering, linear probes."""
 
 from collections.abc import Callable
 from contextlib import closing

@@ -1,4 +1,4 @@
-"""A plan carried out, or resumed, in a workdir, row by row."""
+"""Runs on disk: a plan trained, or resumed, in a workdir, row by row."""
 
 import importlib.metadata
 import json
@@ -215,14 +215,14 @@ def _untested(plan: Plan, state: training.TrainState, logged: Sequence[dict]) ->
 
 
 def _save(saved: checkpoints.Checkpoints, state: training.TrainState) -> None:
-    """Saves `state` unless it is that of step 0, or spoilt."""
+    """Saves `state` unless it is that of step 0; raises NonFiniteError for one that is not finite."""
     if int(state.step):
         training.check_finite(state)
         checkpoints.save(saved, state)
 
 
 def _task(recipe: Recipe) -> tasks.Task:
-    """What training asks."""
+    """The task of training batches."""
     if isinstance(recipe, Rotation):
         return tasks.all_turns if recipe.rotations == "all" else tasks.random_turn
     return tasks.classify
@@ -245,7 +245,7 @@ def _compiled(
     state: training.TrainState,
     stream: Stream,
 ) -> training.Step:
-    """The train steps of each dispatch from `state` on, on what lies on the devices; compiled for every size of these."""
+    """The train steps of one dispatch, compiled for each number of steps that dispatches from `state` on take."""
     loss = partial(training.cross_entropy, smoothing=plan.recipe.label_smoothing)
     step, first = training.train_steps(model, optimizer, mesh, stream.make, loss), int(state.step)
     if first < plan.steps:
@@ -265,12 +265,12 @@ def _compiled(
 
 
 def _placed(plan: Plan, feed: Feed, mesh: Mesh, stream: Stream, first: int) -> Generator[dict, None, None]:
-    """What each dispatch from step `first` on is given, on the devices."""
+    """Yields the placed input of each dispatch from step `first` on."""
     with closing(batches.read(stream.elements, start=first, threads=feed.threads, ahead=2 * feed.steps)) as reader:
         groups = feeds.stacked(reader, feeds.sizes(first, plan.steps, plan.epoch_steps, feed.steps))
         yield from training.place(groups, mesh, axis=1)
 
 
 def _leading(batches: dict) -> int:
-    """How many there are, stacked."""
+    """The number of stacked batches."""
     return len(next(iter(batches.values())))

@@ -1,4 +1,4 @@
-"""What a run is scored on: the test images after every epoch, and at the end."""
+"""Evaluation of a run on its test images, after every epoch and at the end."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -17,7 +17,7 @@ Score = Callable[[dict, tasks.Task, int], dict]
 
 
 def eval_task(recipe: Recipe) -> tasks.Task:
-    """What the test after every epoch asks: one turn per image, as the report did."""
+    """The task of the evaluation after every epoch: one random turn per image, as in the report; or classes."""
     return tasks.random_turn if isinstance(recipe, Rotation) else tasks.classify
 
 

@@ -1,4 +1,4 @@
-"""Weights from and to torchvision's networks, as state dicts of NumPy arrays; torch is not needed."""
+"""Conversion of weights from and to torchvision's state dicts, as NumPy arrays; torch is not needed."""
 
 import re
 from collections.abc import Mapping

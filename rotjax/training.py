@@ -1,4 +1,4 @@
-"""The train step, the evaluation step, and the loop around them: pretext and downstream differ in their batches only."""
+"""The train step, the evaluation step and the training loop, the same for pretraining and fine-tuning."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -64,7 +64,7 @@ def init_state(optimizer: optax.GradientTransformation, variables: dict, mesh: M
 
 
 def sent(data: Any, batch: dict) -> dict:
-    """The `Make` of batches that come whole from the host."""
+    """The `make` of batches that arrive complete from the host: the identity."""
     return batch
 
 
@@ -216,7 +216,7 @@ def fit(
 
 
 def epoch_row(state: TrainState, epoch: int) -> Row:
-    """The loss and the accuracy on what has been trained on since `epoch` began; raises NonFiniteError."""
+    """The mean training loss and accuracy since the start of `epoch`; raises NonFiniteError."""
     check_finite(state)
     count = int(state.sums["count"])
     row = {"step": int(state.step), "epoch": epoch, "train_loss": float(state.sums["loss"]) / count}

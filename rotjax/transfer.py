@@ -7,12 +7,12 @@ from rotjax.errors import UsageError
 
 
 def part(variables: dict, name: str) -> dict:
-    """What each collection of `variables` holds under `name`, `'backbone'` or `'head'`."""
+    """The subtree `name`, `'backbone'` or `'head'`, of each collection of `variables`."""
     return {collection: tree[name] for collection, tree in variables.items() if name in tree}
 
 
 def joined(parts: dict[str, dict]) -> dict:
-    """The variables whose `part`s, by name, are `parts`."""
+    """The variables made of `parts` by name, the inverse of `part`."""
     collections = dict.fromkeys(collection for tree in parts.values() for collection in tree)
     return {c: {name: tree[c] for name, tree in parts.items() if c in tree} for c in collections}
 

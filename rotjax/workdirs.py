@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, that one process works in it, its files, and the signals that end the work."""
+"""The folder of a run: its owner and lock, its files, and the signals that stop the run."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def read_recipe(workdir: Path) -> Recipe:
 
 
 def read_summary(workdir: Path) -> dict:
-    """What the finished run in `workdir` came to; raises CheckpointError where it is not finished, or this is damaged."""
+    """The summary of the finished run in `workdir`; raises CheckpointError if it is unfinished or the file is damaged."""
     path = workdir / "summary.json"
     try:
         if not isinstance(summary := read_json(path), dict):
@@ -102,7 +102,7 @@ def claimed(workdir: Path, recipe: Recipe, data: Dataset) -> Iterator[Callable[[
 
 @contextmanager
 def metrics(workdir: Path, step: int) -> Iterator[tuple[list[dict], Callable[[dict], None]]]:
-    """The rows of `metrics.jsonl` up to `step`, and what appends another; later ones, and one cut short, are dropped."""
+    """The rows of `metrics.jsonl` up to `step`, and a function that appends one; later and truncated rows are dropped."""
     path = workdir / "metrics.jsonl"
     try:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []

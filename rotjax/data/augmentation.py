@@ -17,10 +17,10 @@ Array = Any  # np.ndarray or jax.Array
 
 
 def train_view(data: dict, pick: dict, *, task: Task, flip: bool, cutout: float = 0.0) -> dict:
-    """The images of `data` that `pick` names, cropped, mirrored or not where `flip`, then given to the task.
+    """A training batch: the images of `data` that `pick` selects, cropped, mirrored (`flip`) and cut out at random, then the task's.
 
-    A pick is `{'seed': u32[B], 'epoch': i32[B], 'index': i32[B]}`. The crop's padding is an eighth of the image, 4 pixels
-    of 32; the side of the square that is cut out the share `cutout`.
+    A pick is `{'seed': u32[B], 'epoch': i32[B], 'index': i32[B]}`. Crops pad by an eighth of the side (4 pixels of 32);
+    `cutout` is the side of the grey square as a fraction of the image's.
     """
     words = _words(pick)
     images = data["image"][pick["index"]]
@@ -36,7 +36,7 @@ def train_view(data: dict, pick: dict, *, task: Task, flip: bool, cutout: float 
 
 
 def eval_view(data: dict, pick: dict, *, task: Task) -> dict:
-    """The images of `data` that `pick` names, as they are, given to the task; each view has the weight of its image."""
+    """An evaluation batch: the images of `data` that `pick` selects, unaugmented, then the task's, with their `weight`."""
     images, labels = task(data["image"][pick["index"]], data["label"][pick["index"]], _words(pick))
     weight = pick["weight"].repeat(len(labels) // len(pick["index"]))
     return {"image": images, "label": labels, "weight": weight}
@@ -48,7 +48,7 @@ def _words(pick: dict) -> Draw:
 
 
 def draw(stream: Array, seed: Array, epoch: Array, index: Array) -> Array:
-    """Uniform uint32 `[B]` for each image `index` `[B]`, others for other streams, seeds, epochs (`[B]` or numbers).
+    """Uniform uint32 `[B]`, a hash of the image `index` `[B]` and of stream, seed and epoch (`[B]` or numbers).
 
     For an array of streams `[S,1]` it is `[S,B]`.
     """
@@ -74,7 +74,7 @@ def _mix(x: Array) -> Array:
 
 
 def crop_and_flip(images: Array, rows: Array, columns: Array, flips: Array | None, padding: int) -> Array:
-    """uint8 `[B,H,H,C]`, padded with black, cut out again at `rows` and `columns` `[B]`, mirrored where `flips`."""
+    """uint8 `[B,H,H,C]`, zero-padded, cropped at `rows` and `columns` `[B]`, mirrored where `flips`."""
     if isinstance(images, jax.Array):
         return _crop_and_flip(images, rows, columns, flips, padding)
     count, size, _, channels = images.shape

@@ -1,4 +1,4 @@
-"""Arrays to batches, the only code that knows Grain: one element of a dataset is one batch, a function of its number."""
+"""Arrays to batches, the only code that uses Grain: each element of a dataset is a whole batch, a function of its index."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -26,7 +26,7 @@ def train_batches(
     cutout: float = 0.0,
     share: slice | None = None,
 ) -> Batches:
-    """Batch `t` of `steps`: the `train_view` of the images that `train_picks` names.
+    """A Grain dataset of `steps` training batches: the `train_view` of each of `train_picks`.
 
     Rotations need no labels. Raises TypeError for pixels that are not uint8 or labels that are missing; see `train_picks`.
     """
@@ -35,7 +35,7 @@ def train_batches(
 
 
 def train_picks(count: int, batch_size: int, steps: int, *, seed: int, share: slice | None = None) -> Batches:
-    """The picks of `train_view`: which of `count` images go into batch `t` of `steps`.
+    """The picks for `train_view`: which of `count` images are in batch `t` of `steps`.
 
     The images are reshuffled on every pass (epoch) over the data; batches may straddle passes. `share` is the slice of each
     global batch to return, by default the one that this process passes to `place`. Raises UsageError where a batch is
@@ -62,7 +62,7 @@ def check_fits(batch_size: int, count: int) -> None:
 def eval_batches(
     data: Arrays, task: tasks.Task, batch_size: int, *, seed: int = 0, epoch: int = 0, share: slice | None = None
 ) -> Batches:
-    """Every image once, in order, as it is, given to the task; the last batch is padded with images of weight 0.
+    """A Grain dataset of evaluation batches: every image once, in order, unaugmented; the last is padded with weight 0.
 
     Rotations need no labels. Raises TypeError for pixels that are not uint8 or labels that are missing.
     """
@@ -71,7 +71,7 @@ def eval_batches(
 
 
 def eval_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: slice | None = None) -> Batches:
-    """The picks of `eval_view`: each of `count` images once, in order; the last batch is padded with ones of `weight` 0."""
+    """The picks for `eval_view`: each of `count` images once, in order; the last batch is padded with `weight` 0."""
     share = _own(batch_size) if share is None else share
 
     def pick(number: int) -> Arrays:
@@ -88,7 +88,7 @@ def viewed(data: Arrays, picks: Batches, view: Callable[[Arrays, Arrays], Arrays
 
 
 def _checked(data: Arrays, task: tasks.Task) -> Arrays:
-    """`data`, with labels that say nothing where it has none and `task` asks for none."""
+    """`data`, with placeholder labels if it has none and `task` needs none."""
     if data["image"].dtype != np.uint8:
         raise TypeError(f"images are {data['image'].dtype}; give uint8 pixels, 0 to 255: the network normalises by itself")
     if "label" in data:
@@ -99,7 +99,7 @@ def _checked(data: Arrays, task: tasks.Task) -> Arrays:
 
 
 def unlabelled(count: int) -> np.ndarray:
-    """Labels of images that have none."""
+    """Placeholder labels, -1, i32 `[count]`."""
     return np.full(count, -1, np.int32)
 
 

@@ -1,4 +1,4 @@
-"""What a source of images comes to: arrays for training, arrays for testing, names of the classes."""
+"""A loaded data set: arrays for training, arrays for testing, class names."""
 
 import hashlib
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Dataset:
                 raise DataError(f"{where}: label {label[bad[0]]} of image {bad[0]} is none of {len(self.classes)} classes")
 
     def facts(self) -> dict:
-        """JSON that tells this data from other: counts, and a hash of the labels and of up to 2,048 images a part."""
+        """A JSON fingerprint of the data: counts, and a hash of the labels and of up to 2,048 images of each split."""
         sample = hashlib.sha256()
         for arrays in (self.train, self.test):
             sample.update(arrays["label"].astype(np.int64).tobytes())
@@ -53,7 +53,7 @@ class Dataset:
 
 
 def held_out(labels: np.ndarray, share: float) -> np.ndarray:
-    """A mask `[N]` with a `share` of each class, of two or more images at least one; the same for the same labels."""
+    """A mask `[N]` of a fraction `share` of each class, at least one of two or more images; depends on `labels` alone."""
     order = np.random.Generator(np.random.Philox(key=0)).permutation(len(labels))
     mask = np.zeros(len(labels), bool)
     for kind in np.unique(labels):

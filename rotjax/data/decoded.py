@@ -1,4 +1,4 @@
-"""Images decoded once: uint8 rows in a file that later runs map into memory, so that a large set needs little of it."""
+"""The cache of decoded images: a uint8 file that runs memory-map, so that a set may be larger than memory."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ IN_MEMORY = 10**9  # bytes up to which a set that cannot be stored is held in me
 
 
 def decoded(key: str, count: int, image_size: int, records: Iterable[Record]) -> tuple[Arrays, dict[int, str]]:
-    """`{'image': u8[N,H,H,3], 'label': i32[N]}`, read-only, of the records that have pixels; why the others have none.
+    """`{'image': u8[N,H,H,3], 'label': i32[N]}`, read-only, of the decodable records; and the reasons for the others.
 
     The rows lie in `$XDG_CACHE_HOME/rotjax/decoded/<key>` (`~/.cache` unless set), in the order of `records`, which are
     only asked for where nothing is stored under `key`; at most `count` are. The reasons go by the number of the record.

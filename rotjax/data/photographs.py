@@ -1,4 +1,4 @@
-"""The user's own photographs: a folder of images, in one folder per class or without classes, as a data set."""
+"""A folder of the user's own images, with one subfolder per class or without classes, as a data set."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""What is asked of a batch: its labels, or how it was turned. A task maps `(images, labels, draw)` to images and labels."""
+"""Tasks: functions `(images, labels, draw) -> (images, labels)` that decide what is predicted, a class or a rotation."""
 
 from collections.abc import Callable
 
@@ -14,16 +14,16 @@ TURNS, FLIPS, ROWS, COLUMNS, CUT_ROWS, CUT_COLUMNS = range(STREAMS)
 
 
 def classify(images, labels, draw):
-    """The labels themselves."""
+    """Predict the class: images and labels as they are."""
     return images, labels
 
 
 def random_turn(images, labels, draw):
-    """One of four turns for each image `[B,H,H,C]`: turned images, turns i32 `[B]`."""
+    """Predict the rotation: each image `[B,H,H,C]` in one random turn, labels its turns i32 `[B]`."""
     turns = (draw(TURNS) >> 30).astype(np.int32)
     return rotation.rotate(images, turns), turns
 
 
 def all_turns(images, labels, draw):
-    """All four turns of each image `[B,H,H,C]`: `[4B,H,H,C]`, turns i32 `[4B]`."""
+    """Predict the rotation: each image `[B,H,H,C]` in all four turns, `[4B,H,H,C]`, labels its turns i32 `[4B]`."""
     return rotation.all_turns(images)

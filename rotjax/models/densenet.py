@@ -71,7 +71,7 @@ class DenseNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool, held: Collection[str] = ()):
-        """`held` names the endpoints whose batch statistics stay as they are while `train`."""
+        """`held` names the endpoints whose batch norms use their running statistics, unchanged, even if `train`."""
         x = Stem(self.stem, self.width, he_normal_fan_in, self.dtype, name="stem")(x, train and "stem" not in held)
         endpoints = {"stem": x}
         for index, layers in enumerate(self.stage_sizes):

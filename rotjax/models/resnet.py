@@ -87,7 +87,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool, held: Collection[str] = ()):
-        """`held` names the endpoints whose batch statistics stay as they are while `train`."""
+        """`held` names the endpoints whose batch norms use their running statistics, unchanged, even if `train`."""
         x = Stem(self.stem, self.width, he_normal_fan_out, self.dtype, name="stem")(x, train and "stem" not in held)
         endpoints = {"stem": x}
         for index, blocks in enumerate(self.stage_sizes):
