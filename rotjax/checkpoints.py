@@ -136,7 +136,7 @@ def latest_step(directory: Path) -> int:
 
 
 def load_parts(directory: Path, step: int, abstract: dict) -> dict:
-    """Loads the parts named in `abstract`, with its shapes and shardings; CheckpointError for a mismatch, NaN or infinity."""
+    """The parts named in `abstract`, with its shapes and shardings; CheckpointError for a mismatch, NaN or infinity."""
     try:
         wanted = jax.tree.map(lambda leaf: _Abstract(leaf.shape, leaf.sharding), abstract)
         parts = ocp.load_checkpointables(_absolute(directory / str(step)), wanted)

@@ -17,7 +17,7 @@ Array = Any  # np.ndarray or jax.Array
 
 
 def train_view(data: dict, pick: dict, *, task: Task, flip: bool, cutout: float = 0.0) -> dict:
-    """A training batch: the images of `data` that `pick` selects, cropped, mirrored (`flip`) and cut out at random, then the task's.
+    """A training batch: the task's view of the images of `data` that `pick` selects, cropped, mirrored, cut out at random.
 
     A pick is `{'seed': u32[B], 'epoch': i32[B], 'index': i32[B]}`. Crops pad by an eighth of the side (4 pixels of 32);
     `cutout` is the side of the grey square as a fraction of the image's.
@@ -36,7 +36,7 @@ def train_view(data: dict, pick: dict, *, task: Task, flip: bool, cutout: float 
 
 
 def eval_view(data: dict, pick: dict, *, task: Task) -> dict:
-    """An evaluation batch: the images of `data` that `pick` selects, unaugmented, then the task's, with their `weight`."""
+    """An evaluation batch: the task's view of the images of `data` that `pick` selects, unaugmented, with their `weight`."""
     images, labels = task(data["image"][pick["index"]], data["label"][pick["index"]], _words(pick))
     weight = pick["weight"].repeat(len(labels) // len(pick["index"]))
     return {"image": images, "label": labels, "weight": weight}
