@@ -12,7 +12,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
 import rotjax
-from experiments import command
+from experiments import command, tables
 from experiments.outcomes import PROBES, accuracy
 from experiments.report import say
 from rotjax import parallel
@@ -32,6 +32,7 @@ def main() -> int:
         image_size: int | None = None,
         data_dir: command.DataDir = None,
         neighbors: int = 20,
+        results: Path | None = None,
     ) -> int:
         """Measure how well classes can be read from each stage of a trained network, without training it further.
 
@@ -44,18 +45,27 @@ def main() -> int:
             dataset: What is classified, by default what the network was trained on.
             image_size: Side of the square images in pixels, by default as in training.
             data_dir: Folder of data sets prepared for TFDS.
-            neighbors: Training images, the nearest, that vote on the class of a test image.
+            neighbors: Number of nearest training images that vote on the class of a test image.
+            results: Folder of results of `experiments.reproduce`, whose tables are to have the scores too.
         """
-        return command.guarded(lambda: run(pretrained, dataset, image_size, data_dir, neighbors))
+        return command.guarded(lambda: run(pretrained, dataset, image_size, data_dir, neighbors, results))
 
     return command.cli(probe, "probe")
 
 
-def run(pretrained: Path, dataset: str | None, image_size: int | None, data_dir: Path | None, neighbors: int) -> None:
-    """Probes the network in `pretrained` and leaves the scores there, in `probe-<dataset>.json`."""
+def run(
+    pretrained: Path,
+    dataset: str | None,
+    image_size: int | None,
+    data_dir: Path | None,
+    neighbors: int,
+    results: Path | None = None,
+) -> None:
+    """Probes the network in `pretrained` and leaves the scores there, in `probe-<dataset>.json`, and in `results/probes`."""
     if neighbors < 1:
         raise UsageError(f"--neighbors={neighbors} is too small; it is at least 1")
     command.check_folder("data_dir", data_dir)
+    command.check_folder("results", results, there=True)
     parallel.check_devices()
     recipe, summary = read_recipe(pretrained), read_summary(pretrained)
     size, name = recipe.image_size if image_size is None else image_size, dataset or recipe.dataset
@@ -97,6 +107,11 @@ def run(pretrained: Path, dataset: str | None, image_size: int | None, data_dir:
     path = pretrained / f"probe-{data.name.replace('/', '-')}.json"
     write_json(path, result)
     say(f"\n{path}")
+    if results:
+        (results / "probes").mkdir(exist_ok=True)
+        write_json(results / "probes" / f"{result['run']}.json", result)
+        tables.write(results)
+        say(str(results / "README.md"))
 
 
 def probed(model: rotjax.Classifier, networks: dict[str, dict], data: rotjax.Dataset, neighbors: int) -> Iterator[dict]:

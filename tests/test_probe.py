@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import rotjax
-from experiments import probe
+from experiments import outcomes, probe
 from experiments.outcomes import PROBES
 from rotjax.errors import CheckpointError, DataError, UsageError
 
@@ -61,8 +61,8 @@ def workdir(tmp_path_factory):
     return folder
 
 
-def test_the_command_leaves_its_scores_in_the_workdir(workdir, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["probe", f"--pretrained={workdir}"])
+def test_the_command_leaves_its_scores_in_the_workdir_and_among_results(workdir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["probe", f"--pretrained={workdir}", f"--results={tmp_path}"])
     assert probe.main() == 0
     out = capsys.readouterr().out
     result = json.loads((workdir / "probe-digits.json").read_text())
@@ -73,6 +73,7 @@ def test_the_command_leaves_its_scores_in_the_workdir(workdir, monkeypatch, caps
             assert stage[kind].keys() == {"random", "trained"}
             assert f"{100 * stage[kind]['trained']:.2f}" in out
     assert max(stage["linear"]["trained"] for stage in result["stages"]) > 0.5 and str(workdir / "probe-digits.json") in out
+    assert outcomes.probes(tmp_path) == [result] and f"Features of {workdir.name}" in (tmp_path / "README.md").read_text()
 
 
 def test_what_cannot_be_probed_is_refused(workdir, tmp_path):
