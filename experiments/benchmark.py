@@ -161,10 +161,7 @@ def run(only: str, repeats: int, results: Path, profile: Path | None = None) -> 
             continue
         try:
             result = measure(row, repeats)
-        except (
-            RuntimeError,
-            subprocess.CalledProcessError,
-        ) as error:  # of JAX, torch, a command
+        except (RuntimeError, subprocess.CalledProcessError) as error:
             failed.append(row.name)
             complain(f"row {row.name} failed: {reason(error)}")
             continue

@@ -20,7 +20,7 @@ from rotjax.errors import DesertedError, FellowError, Stopped, UsageError, reaso
 
 LOST = {"UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED"}  # what a broken link is to JAX, or one of
 VAGUE = {"UNKNOWN", "INTERNAL"}  # which faults of a GPU are too, where these words are not in it
-LINKS = re.compile("gloo|nccl|connection|socket|peer|coordination", re.IGNORECASE)
+LINKS = re.compile("gloo|nccl|connection|socket|coordination", re.IGNORECASE)
 PATIENCE = 30  # seconds that a process may be silent before the others take it for dead
 
 
@@ -154,7 +154,7 @@ def deserted() -> Iterator[None]:
         if alone() or not (code in LOST or (code in VAGUE and LINKS.search(str(error)))):
             raise
         raise DesertedError(
-            f"another process of this run is gone ({reason(error)}); start all again, they go on from the last checkpoint"
+            f"another process of this run is gone ({reason(error)}); start all again, they resume from the last checkpoint"
         ) from error
 
 
