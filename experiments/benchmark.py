@@ -112,8 +112,8 @@ SLOW = {  # of rows that miss their goal, why
     "b": "120 layers of small products: what XLA does between them (concatenations, norms, their gradients) takes as long as"
     " they do.",
     "e-unthreaded": "the goal was set against Grain's default of 16 reading threads, which is slower: row e.",
-    "c": "XLA's convolution of 64 channels at 32 px is far slower than a matrix product of as many operations, oneDNN's is"
-    " not; patches and Winograd's transforms move too much memory to make up for it.",
+    "c": "on maps of 64 channels at 32 px patches and Winograd's transforms move too much memory to be faster than XLA's own"
+    " convolutions.",
     "j": "its repeats lie on both sides of the goal; imports and tracing are not cached.",
 }
 
