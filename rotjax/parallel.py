@@ -151,7 +151,7 @@ def deserted() -> Iterator[None]:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # one or the other, as the step was under way or to start
         code = str(error).partition(":")[0]
-        if alone() or not (code in LOST or (code in VAGUE and LINKS.search(str(error)))):
+        if not (code in LOST or (code in VAGUE and LINKS.search(str(error)))) or alone():  # which asks for devices: last
             raise
         raise DesertedError(
             f"another process of this run is gone ({reason(error)}); start all again, they resume from the last checkpoint"
