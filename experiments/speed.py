@@ -16,7 +16,7 @@ import rotjax
 from experiments import peers
 from experiments.peers import Timed
 from rotjax import training
-from rotjax.data.batches import train_picks
+from rotjax.data.batches import Batches, train_picks
 from rotjax.feed import STEPS, Where, stacked
 from rotjax.optim import FROZEN
 
@@ -83,28 +83,16 @@ def pipelines(options: grain.ReadOptions | None) -> Sides:
                     pass
                 return count * BATCH / (time.perf_counter() - began)
 
-    return per_second(_batches(data), BATCH), naive
+    return per_second(_taken(rotjax.read(_batches(data))), BATCH), naive
 
 
 def pipeline_and_step(augment: Where) -> Sides:
     """Images/s that one core of the host sends to the device, made where `augment` says, as dispatches want them; and of
     steps."""
     size, data = _dispatched(), images(10_000)
-    if augment == "device":
-        elements = train_picks(len(data["label"]), BATCH, 10**6, seed=0)
-    else:
-        elements = rotjax.train_batches(data, rotjax.random_turn, BATCH, 10**6, seed=0)
+    elements = train_picks(len(data["label"]), BATCH, 10**6, seed=0) if augment == "device" else _batches(data)
     placed = rotjax.place(stacked(rotjax.read(elements), itertools.repeat(size)), axis=1)
-
-    def timed(count: int) -> float:
-        with _one_core():
-            began, last = time.perf_counter(), None
-            for batches in itertools.islice(placed, count):
-                last = batches
-            jax.block_until_ready(last)
-            return time.perf_counter() - began
-
-    return per_second(timed, size * BATCH), train_rate("resnet18", "imagenet")
+    return per_second(_taken(placed), size * BATCH), train_rate("resnet18", "imagenet")
 
 
 def frozen_and_full() -> Sides:
@@ -169,17 +157,22 @@ def _dispatched() -> int:
     return 1 if jax.default_backend() == "cpu" else STEPS
 
 
-def _batches(data: dict[str, np.ndarray]) -> Timed:
-    reader = rotjax.read(rotjax.train_batches(data, rotjax.random_turn, BATCH, 10**6, seed=0))
+def _batches(data: dict[str, np.ndarray]) -> Batches:
+    return rotjax.train_batches(data, rotjax.random_turn, BATCH, 10**6, seed=0)
 
-    def read(count: int) -> float:
+
+def _taken(batches: Iterator) -> Timed:
+    """The next of `batches`, on one core, until they are where they are placed, if they are."""
+
+    def timed(count: int) -> float:
         with _one_core():
-            began = time.perf_counter()
-            for _ in itertools.islice(reader, count):
-                pass
+            began, last = time.perf_counter(), None
+            for batch in itertools.islice(batches, count):
+                last = batch
+            jax.block_until_ready(last)
             return time.perf_counter() - began
 
-    return read
+    return timed
 
 
 @contextmanager

@@ -97,6 +97,8 @@ def sizes(start: int, steps: int, epoch_steps: int, most: int) -> Iterator[int]:
 
 def programs(start: int, steps: int, epoch_steps: int, most: int) -> set[int]:
     """The values that `sizes` yields."""
+    if start >= steps:
+        return set()
     edges = (start % epoch_steps, epoch_steps, steps % epoch_steps)
     return {most, 1} if any(edge % most for edge in edges) else {most}
 

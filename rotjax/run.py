@@ -247,8 +247,8 @@ def _compiled(
 ) -> training.Step:
     """The train steps of one dispatch, compiled for each number of steps that dispatches from `state` on take."""
     loss = partial(training.cross_entropy, smoothing=plan.recipe.label_smoothing)
-    step, first = training.train_steps(model, optimizer, mesh, stream.make, loss), int(state.step)
-    if first < plan.steps:
+    step = training.train_steps(model, optimizer, mesh, stream.make, loss)
+    if sizes := feeds.programs(int(state.step), plan.steps, plan.epoch_steps, feed.steps):
         log.info("compiling the train step")
     with closing(batches.read(stream.elements[:1])) as reader:
         (one,) = training.place(reader, mesh)
@@ -259,7 +259,6 @@ def _compiled(
 
         return step.lower(state, jax.tree.map(several, one), stream.data).compile()
 
-    sizes = feeds.programs(first, plan.steps, plan.epoch_steps, feed.steps) if first < plan.steps else ()
     programs = {size: program(size) for size in sizes}
     return lambda state, given: programs[_leading(given)](state, given, stream.data)
 

@@ -15,7 +15,7 @@ import rotjax
 from experiments import benchmark, command, control, prepare, probe, reliability, reproduce, tables
 from rotjax.recipe_json import to_json
 
-RUN = tempfile.TemporaryDirectory()  # a workdir, of which no more than the recipe is read before flags are refused
+RUN = tempfile.TemporaryDirectory()  # a workdir, of which only the recipe and the summary are read before flags are refused
 (Path(RUN.name) / "recipe.json").write_text(json.dumps(to_json(rotjax.Rotation(dataset="digits", image_size=32).resolved())))
 (Path(RUN.name) / "summary.json").write_text("{}")
 COMMANDS = {  # and words that they need beside the flag
