@@ -72,6 +72,14 @@ ROWS = (
     _torch("a", "resnet18", "imagenet", 1.0),
     _torch("b", "densenet121", "imagenet", 0.9),
     _torch("c", "resnet18", "cifar", 0.8),
+    Row(
+        "c-products",
+        "matrix products as large as row c's 3x3 convolutions, by XLA / PyTorch's convolutions",
+        0.8,
+        True,
+        speed.products_and_convolutions,
+        "GFLOP/s",
+    ),
     Row("d", "epoch by the command's loop / bare steps on a resident batch", 0.95, True, overheads.epoch_and_steps),
     _pipeline("e", "as it reads by default, on any core", None),
     _pipeline("e-unthreaded", "without threads, on one core", grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)),
@@ -112,8 +120,8 @@ SLOW = {  # of rows that miss their goal, why
     "b": "120 layers of small products: what XLA does between them (concatenations, norms, their gradients) takes as long as"
     " they do.",
     "e-unthreaded": "the goal was set against Grain's default of 16 reading threads, which is slower: row e.",
-    "c": "on maps of 64 channels at 32 px patches and Winograd's transforms move too much memory to be faster than XLA's own"
-    " convolutions.",
+    "c": "a step of nothing but XLA's matrix products would just reach the goal (row c-products). On maps of 64 channels at"
+    " 32 px patches and Winograd's transforms move too much memory to be faster than XLA's own convolutions.",
     "j": "its repeats lie on both sides of the goal; imports and tracing are not cached.",
 }
 

@@ -3,7 +3,7 @@
 import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -68,6 +68,29 @@ def torch_step(name: str, stem: str, batch: Arrays, *, dtype: str = "float32", c
         return time.perf_counter() - began
 
     return steps
+
+
+def torch_convolutions(maps: Sequence[np.ndarray]) -> Timed:
+    """PyTorch's 3x3 convolution of each `[B,H,W,C]` to as many channels, channels_last; raises ImportError without torch."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = [torch.from_numpy(one).to(device).permute(0, 3, 1, 2) for one in maps]
+    kernels = [
+        torch.ones(channels, channels, 3, 3, device=device).to(memory_format=torch.channels_last)
+        for channels in (one.shape[1] for one in inputs)
+    ]
+
+    def convolutions(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            for one, kernel in zip(inputs, kernels, strict=True):
+                torch.nn.functional.conv2d(one, kernel, padding=1)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    return convolutions
 
 
 def release() -> None:

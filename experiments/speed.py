@@ -68,6 +68,28 @@ def train_and_torch(name: str, stem: str, batch_size: int = BATCH, dtype: str = 
     return train_rate(name, stem, batch_size, dtype), per_second(step, batch_size)
 
 
+def products_and_convolutions() -> Sides:
+    """GFLOP/s of XLA's matrix products as large as the 3x3 convolutions of ResNet18's four stages, which each have as much
+    work, cifar stem; and of PyTorch's convolutions."""
+    rng, shapes = np.random.default_rng(0), ((64, 32), (128, 16), (256, 8), (512, 4))
+    maps = [rng.standard_normal((BATCH, side, side, channels), np.float32) for channels, side in shapes]
+    pairs = [(jnp.tile(one.reshape(-1, one.shape[3]), 9), jnp.ones((9 * one.shape[3], one.shape[3]))) for one in maps]
+    multiply = jax.jit(jnp.matmul)
+
+    def products(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            jax.block_until_ready([multiply(patches, kernel) for patches, kernel in pairs])
+        return time.perf_counter() - began
+
+    work = sum(2 * patches.size * kernel.shape[1] for patches, kernel in pairs) // 10**9
+    ours = per_second(products, work)
+    try:
+        return ours, per_second(peers.torch_convolutions(maps), work)
+    except ImportError:
+        return ours, None
+
+
 def pipelines(options: grain.ReadOptions | None) -> Sides:
     """Images/s of the training batches, read on one core, and of Grain's from a new start, so that none is read ahead.
 
