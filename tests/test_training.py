@@ -113,6 +113,12 @@ def test_a_prefix_that_names_nothing_is_refused():
         small(held=("backbone/stage4/block1",)).init(jax.random.key(0), batch()["image"])
 
 
+def test_weights_are_drawn_alike_alone_and_within_a_program_of_the_users():
+    alone, within = training.init_variables(small(), 3, 8), jax.jit(lambda: training.init_variables(small(), 3, 8))()
+    for one, other in zip(*map(jax.tree.leaves, (alone, within)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)  # the tests' programs are optimized less than users'
+
+
 @pytest.mark.parametrize(
     ("trainable", "statistics", "kind"),
     [
