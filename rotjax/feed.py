@@ -36,10 +36,10 @@ class Stream:
 
 @dataclass(frozen=True)
 class Feed:
-    """Where batches are made, how many `steps` a dispatch takes, and how many `threads` read ahead (0: the caller's)."""
+    """Where batches are made, how many steps `per_dispatch`, and how many `threads` read ahead (0: the caller's)."""
 
     augment: Where
-    steps: int
+    per_dispatch: int
     threads: int
 
     def put(self, data: Arrays, mesh: Mesh) -> Any:
@@ -55,52 +55,53 @@ class Feed:
         return Stream(picks, view, data)
 
 
-def check(steps: int | None, threads: int | None) -> None:
+def check(per_dispatch: int | None, threads: int | None) -> None:
     """Raises UsageError for a number out of range."""
     together = COPIES if jax.default_backend() == "cpu" else MOST
-    for name, value, least, most in (("steps_per_dispatch", steps, 1, together), ("threads", threads, 0, MOST)):
+    for name, value, least, most in (("steps_per_dispatch", per_dispatch, 1, together), ("threads", threads, 0, MOST)):
         if value is not None and not least <= value <= most:
             raise UsageError(f"--{name}={value} is out of range; it is at least {least} and here at most {most}")
 
 
-def choose(plan: Plan, augment: Where | None, steps: int | None, threads: int | None) -> Feed:
+def choose(plan: Plan, augment: Where | None, per_dispatch: int | None, threads: int | None) -> Feed:
     """The feed of a run, the same in all processes, with None replaced by what suits the devices; raises as `check` does.
 
     A CPU makes batches as it trains, one step a dispatch: a loop of steps would be slow there, see `train_steps`.
     """
-    check(steps, threads)
+    check(per_dispatch, threads)
     cpu, epoch = jax.default_backend() == "cpu", min(plan.epoch_steps, plan.steps)
-    if augment is None:
-        images = plan.data.train["image"].nbytes + plan.data.test["image"].nbytes
-        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-        augment = "host" if highest(cpu or ROOM * images > memory) else "device"
-    if steps is None:
-        size = plan.recipe.batch_size * (plan.data.train["image"][0].nbytes if augment == "host" else 12)
+    images = plan.data.train["image"].nbytes + plan.data.test["image"].nbytes
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    hosted = highest(cpu or ROOM * images > memory)  # asked in any case: a process may have been told, another not
+    augment = augment or ("host" if hosted else "device")
+    if per_dispatch is None:
+        on_host, picked = plan.recipe.views * plan.data.train["image"][0].nbytes, plan.recipe.batch_size * 12
+        size = on_host if augment == "host" else picked
         most = 1 if cpu else max(1, min(STEPS, epoch, SENT // size))
         numbers = range(1, most + 1)  # that divide an epoch with the fewest dispatches, and then with one program for all
-        steps = min(numbers, key=lambda steps: (sum(divmod(epoch, steps)), epoch % steps > 0))
-    return Feed(augment, min(steps, epoch), (0 if cpu else 1) if threads is None else threads)
+        per_dispatch = min(numbers, key=lambda number: (sum(divmod(epoch, number)), epoch % number > 0))
+    return Feed(augment, min(per_dispatch, epoch), (0 if cpu else 1) if threads is None else threads)
 
 
-def sizes(start: int, steps: int, epoch_steps: int, most: int) -> Iterator[int]:
-    """Yields the number of steps of each dispatch from step `start` to `steps`: `most`, or one.
+def sizes(start: int, steps: int, epoch_steps: int, per_dispatch: int) -> Iterator[int]:
+    """Yields the number of steps of each dispatch from step `start` to `steps`: `per_dispatch`, or one.
 
     Every epoch is divided alike, from its first step on, whichever step a run resumes from: the same step is computed by
     the same program, to the same bits.
     """
     while start < steps:
         place = start % epoch_steps
-        size = most if place % most == 0 and most <= min(epoch_steps - place, steps - start) else 1
-        yield size
+        whole = place % per_dispatch == 0 and per_dispatch <= min(epoch_steps - place, steps - start)
+        yield (size := per_dispatch if whole else 1)
         start += size
 
 
-def programs(start: int, steps: int, epoch_steps: int, most: int) -> set[int]:
-    """The values that `sizes` yields."""
+def programs(start: int, steps: int, epoch_steps: int, per_dispatch: int) -> set[int]:
+    """At least the values that `sizes` yields."""
     if start >= steps:
         return set()
     edges = (start % epoch_steps, epoch_steps, steps % epoch_steps)
-    return {most, 1} if any(edge % most for edge in edges) else {most}
+    return {per_dispatch, 1} if any(edge % per_dispatch for edge in edges) else {per_dispatch}
 
 
 def stacked(elements: Iterable[Arrays], sizes: Iterable[int]) -> Iterator[Arrays]:

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import jax
 import optax
@@ -183,7 +184,7 @@ def _check_alike(plan: Plan, feed: Feed, log_steps: int) -> None:
     if parallel.alone():
         return
     given = {"recipe": to_json(plan.recipe), "data": plan.data.facts(), "log_steps": log_steps}
-    for name, value in (given | {"augment": feed.augment, "steps_per_dispatch": feed.steps}).items():
+    for name, value in (given | {"augment": feed.augment, "steps_per_dispatch": feed.per_dispatch}).items():
         if not parallel.alike(json.dumps(value, sort_keys=True)):
             raise UsageError(f"the processes of this run differ in their {name}; start all with the same flags and data")
 
@@ -248,10 +249,10 @@ def _compiled(
     """The train steps of one dispatch, compiled for each number of steps that dispatches from `state` on take."""
     loss = partial(training.cross_entropy, smoothing=plan.recipe.label_smoothing)
     step = training.train_steps(model, optimizer, mesh, stream.make, loss)
-    if sizes := feeds.programs(int(state.step), plan.steps, plan.epoch_steps, feed.steps):
+    if sizes := feeds.programs(int(state.step), plan.steps, plan.epoch_steps, feed.per_dispatch):
         log.info("compiling the train step")
-    with closing(batches.read(stream.elements[:1])) as reader:
-        (one,) = training.place(reader, mesh)
+    first: Any = stream.elements[0]
+    (one,) = training.place([first], mesh)
 
     def program(size: int) -> jax.stages.Compiled:
         def several(x):
@@ -260,16 +261,11 @@ def _compiled(
         return step.lower(state, jax.tree.map(several, one), stream.data).compile()
 
     programs = {size: program(size) for size in sizes}
-    return lambda state, given: programs[_leading(given)](state, given, stream.data)
+    return lambda state, given: programs[len(jax.tree.leaves(given)[0])](state, given, stream.data)
 
 
 def _placed(plan: Plan, feed: Feed, mesh: Mesh, stream: Stream, first: int) -> Generator[dict, None, None]:
     """Yields the placed input of each dispatch from step `first` on."""
-    with closing(batches.read(stream.elements, start=first, threads=feed.threads, ahead=2 * feed.steps)) as reader:
-        groups = feeds.stacked(reader, feeds.sizes(first, plan.steps, plan.epoch_steps, feed.steps))
+    with closing(batches.read(stream.elements, start=first, threads=feed.threads, ahead=2 * feed.per_dispatch)) as reader:
+        groups = feeds.stacked(reader, feeds.sizes(first, plan.steps, plan.epoch_steps, feed.per_dispatch))
         yield from training.place(groups, mesh, axis=1)
-
-
-def _leading(batches: dict) -> int:
-    """The number of stacked batches."""
-    return len(next(iter(batches.values())))

@@ -170,8 +170,7 @@ def place(batches: Iterable[dict], mesh: Mesh | None = None, *, axis: int = 0) -
 
 def evaluate(step: Callable[[dict, dict], dict[str, jax.Array]], variables: dict, batches: Iterable[dict]) -> Row:
     """`loss` and `accuracy` over all images, and the `confusion` matrix i64 `[true, predicted]`."""
-    add = partial(jax.tree.map, jnp.add)
-    sums = reduce(add, (step(variables, batch) for batch in batches))
+    sums = reduce(optax.tree.add, (step(variables, batch) for batch in batches))
     confusion = np.asarray(sums["confusion"]).astype(np.int64)
     count = confusion.sum()
     return {

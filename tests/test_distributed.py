@@ -70,10 +70,11 @@ def run(connection, workdir, pause=0):
             connection.recv()
 
 
-def differ(connection, workdir):
-    """A run for which each process has a seed of its own."""
-    own = dataclasses.replace(plan(), recipe=dataclasses.replace(plan().recipe, seed=jax.process_index()))
-    list(rotjax.train(own, workdir))
+def differ(connection, workdir, name):
+    """A run for which each process has a seed of its own, or the first alone is told where to make batches."""
+    seed, told = (jax.process_index(), None) if name == "recipe" else (0, ("device", None)[jax.process_index()])
+    own = dataclasses.replace(plan(), recipe=dataclasses.replace(plan().recipe, seed=seed))
+    list(rotjax.train(own, workdir, augment=told))
 
 
 def step_and_run(connection, folder):
@@ -154,9 +155,10 @@ def test_P2_two_processes_agree_with_one_and_share_each_batch(whole, tmp_path):
         assert abs(one[name] - two[0][name]).max() / scale < (1e-4 if "gradient" in name else 1e-5), name
 
 
-def test_P2_processes_that_were_started_on_different_recipes_are_refused(pair, tmp_path):
-    _, _, ends = pair(differ, tmp_path / "run")
-    said = "rotjax: the processes of this run differ in their recipe; start all with the same flags and data"
+@pytest.mark.parametrize("name", ["recipe", "augment"])
+def test_P2_processes_that_were_started_on_different_flags_are_refused(pair, tmp_path, name):
+    _, _, ends = pair(differ, tmp_path / "run", name)
+    said = f"rotjax: the processes of this run differ in their {name}; start all with the same flags and data"
     assert ends() == [(2, said)] * 2 and not (tmp_path / "run").exists()
 
 
