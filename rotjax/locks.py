@@ -32,7 +32,7 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[Callable[[]
                     raise InUseError(f"{busy}; wait for it") from None
                 log.info(f"{busy}; waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not names(path, file.fileno()):
+            if not leads_to(path, file.fileno()):
                 continue  # whoever held it was done and has removed it
             file.seek(0)
             if died := file.read().strip():
@@ -40,15 +40,15 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[Callable[[]
             try:
                 file.truncate(0)
                 print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-                yield lambda: names(path, file.fileno())
+                yield lambda: leads_to(path, file.fileno())
             finally:
                 with suppress(OSError):
-                    if names(path, file.fileno()):  # else it is another process's
+                    if leads_to(path, file.fileno()):  # else it is another process's
                         path.unlink()
             return
 
 
-def names(path: Path, descriptor: int) -> bool:
+def leads_to(path: Path, descriptor: int) -> bool:
     """Whether `path` leads to the file that is open as `descriptor`."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))

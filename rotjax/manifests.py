@@ -49,8 +49,8 @@ def damage(directory: Path, step: int) -> str:
 
 def begin(directory: Path, step: int) -> None:
     """Marks `step` unfinished, hence invalid."""
+    (directory / f"{step}.unfinished").touch()  # first: without either file the step would be nobody's
     (directory / f"{step}.json").unlink(missing_ok=True)
-    (directory / f"{step}.unfinished").touch()
 
 
 def finish(directory: Path, step: int) -> None:

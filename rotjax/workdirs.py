@@ -14,7 +14,7 @@ from pathlib import Path
 from rotjax.data.augmentation import STREAM
 from rotjax.data.dataset import Dataset
 from rotjax.errors import CheckpointError, DataError, UsageError, reason
-from rotjax.locks import locked, names
+from rotjax.locks import leads_to, locked
 from rotjax.manifests import read_json
 from rotjax.recipe import Recipe
 from rotjax.recipe_json import differences, from_json, to_json
@@ -114,7 +114,7 @@ def metrics(workdir: Path, step: int) -> Iterator[tuple[list[dict], Callable[[di
         file = open(path, "a")  # noqa: SIM115
 
     def write(row: dict) -> None:
-        if not names(path, file.fileno()):  # the open file would go on taking rows that nobody finds
+        if not leads_to(path, file.fileno()):  # the open file would go on taking rows that nobody finds
             raise CheckpointError(f"{path} is gone; bring {workdir} back, then the same command resumes")
         with _writing(workdir):
             print(json.dumps(row), file=file, flush=True)
@@ -136,7 +136,8 @@ def signals() -> Iterator[threading.Event]:
     heard, told = socket.socketpair()
     told.setblocking(False)
     watch = threading.Thread(target=_watch, args=(heard, event), daemon=True)
-    before = {kind: signal.signal(kind, lambda *_: event.set()) for kind in ENDING}
+    heeded = [kind for kind in ENDING if signal.getsignal(kind) != signal.SIG_IGN]  # a script's background job ignores some
+    before = {kind: signal.signal(kind, lambda *_: event.set()) for kind in heeded}
     wakeup = signal.set_wakeup_fd(told.fileno())
     watch.start()
     try:

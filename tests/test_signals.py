@@ -12,6 +12,7 @@ import pytest
 
 import rotjax
 from experiments import command, plots
+from rotjax.workdirs import signals
 
 FLAGS = ["--dataset=digits", "--stem=cifar", "--image_size=8", "--width=4", "--max_steps=6", "--log_steps=2"]
 PHASES = {
@@ -87,6 +88,16 @@ def test_R3_in_each_phase_of_a_command_a_signal_loses_nothing(call, tmp_path, re
     assert (workdir / "metrics.jsonl").read_text() == (tmp_path / "undisturbed/metrics.jsonl").read_text()
     one, other = (rotjax.load(folder)[1] for folder in (workdir, tmp_path / "undisturbed"))
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_signal_that_a_scripts_background_job_ignores_does_not_stop_training():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals() as stopping:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN and not stopping.is_set()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_C1_the_command_says_on_stderr_that_it_passes_over_a_damaged_checkpoint(call, tmp_path):
