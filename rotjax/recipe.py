@@ -127,7 +127,10 @@ class Recipe:
         )
 
     def resolved(self) -> Self:
-        """Fills None fields from the strong preset if chosen, else from the data set's defaults, else the report preset."""
+        """Fills None fields from the strong preset if chosen, else from the data set's defaults, else the report preset.
+
+        With SGD its learning rate and weight decay come first; a default warmup is at most half of the epochs.
+        """
         values = presets.REPORT[self.job] | presets.of_dataset(self.dataset)
         if self.preset == "strong":
             values |= presets.STRONG[self.job]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rotjax.data.tasks import COLUMNS, CUT_COLUMNS, CUT_ROWS, FLIPS, ROWS, STREAMS, Draw, Task
+from rotjax.data.tasks import COLUMNS, CUT_COLUMNS, CUT_ROWS, FLIPS, ROWS, STREAMS, Task
 from rotjax.rotation import whole_pixels
 
 GREY = np.uint8(120)  # as bright as the mean of photographs
@@ -25,11 +25,11 @@ def train_view(data: dict, pick: dict, *, task: Task, flip: bool, cutout: float 
     words = _words(pick)
     images = data["image"][pick["index"]]
     padding = images.shape[1] // 8
-    rows, columns = (below(2 * padding + 1, words(stream)) for stream in (ROWS, COLUMNS))
-    flips = words(FLIPS) >> 31 if flip else None
+    rows, columns = (below(2 * padding + 1, words[stream]) for stream in (ROWS, COLUMNS))
+    flips = words[FLIPS] >> 31 if flip else None
     images = crop_and_flip(images, rows, columns, flips, padding)
     if side := round(cutout * images.shape[1]):
-        rows, columns = (below(images.shape[1], words(stream)) for stream in (CUT_ROWS, CUT_COLUMNS))
+        rows, columns = (below(images.shape[1], words[stream]) for stream in (CUT_ROWS, CUT_COLUMNS))
         images = cut_out(images, rows, columns, side)
     images, labels = task(images, data["label"][pick["index"]], words)
     return {"image": images, "label": labels}
@@ -42,9 +42,8 @@ def eval_view(data: dict, pick: dict, *, task: Task) -> dict:
     return {"image": images, "label": labels, "weight": weight}
 
 
-def _words(pick: dict) -> Draw:
-    every = draw(np.arange(STREAMS)[:, None], pick["seed"], pick["epoch"], pick["index"])
-    return lambda stream: every[stream]
+def _words(pick: dict) -> Array:
+    return draw(np.arange(STREAMS)[:, None], pick["seed"], pick["epoch"], pick["index"])
 
 
 def draw(stream: Array, seed: Array, epoch: Array, index: Array) -> Array:

@@ -52,11 +52,11 @@ class Dataset:
         return self.train["image"].shape[1]
 
 
-def held_out(labels: np.ndarray, share: float) -> np.ndarray:
-    """A mask `[N]` of a fraction `share` of each class, at least one of two or more images; depends on `labels` alone."""
+def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
+    """A mask `[N]` of a `fraction` of each class, at least one of two or more images; depends on `labels` alone."""
     order = np.random.Generator(np.random.Philox(key=0)).permutation(len(labels))
     mask = np.zeros(len(labels), bool)
     for kind in np.unique(labels):
         rows = order[labels[order] == kind]
-        mask[rows[: max(int(len(rows) * share), int(len(rows) > 1))]] = True
+        mask[rows[: max(int(len(rows) * fraction), int(len(rows) > 1))]] = True
     return mask

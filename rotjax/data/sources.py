@@ -56,16 +56,16 @@ def subset(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
     return np.sort(np.concatenate([order[labels[order] == kind][:per_class] for kind in kinds]))
 
 
-def validated(data: Dataset, share: float) -> Dataset:
-    """`data` with a `share` of each class of its training images, the same in every run, in the place of its test images.
+def validated(data: Dataset, fraction: float) -> Dataset:
+    """`data` with a `fraction` of each class of its training images, the same in every run, in the place of its test images.
 
     Raises UsageError where there is nothing to take, or the images are too many to be copied.
     """
     if (size := data.train["image"].nbytes) > IN_MEMORY:
         raise UsageError(f"--validation copies {in_bytes(size)} of images into memory; put some into a folder val instead")
-    mask = held_out(data.train["label"], share)
+    mask = held_out(data.train["label"], fraction)
     if not mask.any():
-        raise UsageError(f"--validation={share}: no class has two images to train on; leave it out")
+        raise UsageError(f"--validation={fraction}: no class has two images to train on; leave it out")
     train, test = ({key: value[rows] for key, value in data.train.items()} for rows in (~mask, mask))
     log.info(f"{mask.sum():,} of {len(mask):,} training images stand in for the test images")
     return dataclasses.replace(data, train=train, test=test)
