@@ -27,50 +27,54 @@ from rotjax.workdirs import write_json
 
 def main() -> int:
     """Parses the flags and runs the control; returns the exit code."""
-
-    def control(
-        run: str,
-        workdirs: Path = Path("runs/reproduce"),
-        results: command.ResultsDir = RESULTS,
-        data_dir: command.DataDir = None,
-    ) -> int:
-        """Train a run of the report by PyTorch.
-
-        Args:
-            run: As `experiments.reproduce --list` names it; one that starts from another needs that one's workdir.
-            workdirs: Folder of the workdirs of `experiments.reproduce`.
-            results: Folder of the results.
-            data_dir: Folder of data sets prepared for TFDS.
-        """
-        return command.guarded(lambda: carry_out(run, workdirs, results, data_dir))
-
     return command.cli(control, "control")
 
 
-def carry_out(name: str, workdirs: Path, results: Path, data_dir: Path | None) -> None:
-    """Trains the run `name` and leaves a row per epoch and the result in `results/controls`."""
-    run = next((run for run in runs(seeds=3) if run.name == name), None)
-    if run is None:
-        raise UsageError(f"--run={name} is none; see python -m experiments.reproduce --list --seeds=3")
-    command.check_folder("workdirs", workdirs, there=run.after is not None)
+def control(
+    run: str,
+    workdirs: Path = Path("runs/reproduce"),
+    results: command.ResultsDir = RESULTS,
+    data_dir: command.DataDir = None,
+) -> None:
+    """Train a run of the report by PyTorch.
+
+    Args:
+        run: As `experiments.reproduce --list` names it; one that starts from another needs that one's workdir.
+        workdirs: Folder of the workdirs of `experiments.reproduce`.
+        results: Folder of the results, where a row per epoch and the final figure are left in `controls`.
+        data_dir: Folder of data sets prepared for TFDS.
+    """
+    trained = named(run)
+    command.check_folder("workdirs", workdirs, there=trained.after is not None)
     command.check_folder("results", results)
     command.check_folder("data_dir", data_dir)
     try:
         networks()
     except ImportError as error:
         raise DataError(f"{error}; the control needs torch and torchvision") from error
-    recipe = run.recipe.resolved()
+    recipe = trained.recipe.resolved()
     data = sources.load(recipe.dataset, image_size=recipe.image_size, data_dir=data_dir, progress=command.decoding)
     rows, began = [], time.perf_counter()
-    for row in train(run, data, workdirs):
+    for row in train(trained, data, workdirs):
         rows.append(row)
         say(json.dumps(row))
     folder = results / "controls"
     folder.mkdir(parents=True, exist_ok=True)
     summary = {"accuracy": rows[-1]["test_accuracy"], "wall_seconds": round(time.perf_counter() - began, 1)}
-    write_json(folder / f"{run.name}.json", {"row": run.row, "variant": run.variant, "summary": summary, "epochs": rows})
+    result = {"row": trained.row, "variant": trained.variant, "summary": summary, "epochs": rows}
+    write_json(folder / f"{trained.name}.json", result)
     tables.write(results)
-    say(f"\n{folder / run.name}.json")
+    say(f"\n{folder / trained.name}.json")
+
+
+def named(name: str) -> Run:
+    """The run `name`; UsageError where there is none, or `train` would train another."""
+    run = next((run for run in runs(seeds=3) if run.name == name), None)
+    if run is None:
+        raise UsageError(f"--run={name} is none; see python -m experiments.reproduce --list --seeds=3")
+    if isinstance(run.recipe, Classification) and (run.recipe.subset or run.recipe.held):
+        raise UsageError(f"--run={name}: the control knows neither subsets nor held statistics; name another run")
+    return run
 
 
 def train(run: Run, data: rotjax.Dataset, workdirs: Path):
