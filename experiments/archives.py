@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums
 from tqdm import tqdm
 
-from rotjax.errors import DataError, UsageError, reason
+from rotjax.errors import DataError, UsageError, in_bytes, reason
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def fetch(archive: Archive, path: Path) -> None:
     if _size(partial) > archive.size:
         partial.unlink()
     have = _size(partial)
-    log.info(f"downloading {archive.url}, {_share(have, archive) if have else _megabytes(archive.size)}")
+    log.info(f"downloading {archive.url}, {_share(have, archive) if have else in_bytes(archive.size)}")
     _download(archive, partial)
     try:
         verify(archive, partial)
@@ -148,8 +148,4 @@ def _size(path: Path) -> int:
 
 
 def _share(count: int, archive: Archive) -> str:
-    return f"{count / 1e6:.1f} of {_megabytes(archive.size)} are there"
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
+    return f"{in_bytes(count)} of {in_bytes(archive.size)} are there"

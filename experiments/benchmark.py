@@ -128,26 +128,19 @@ SLOW = {  # of rows that miss their goal, why
 
 def main() -> int:
     """Parses the flags and measures; returns the exit code."""
-
-    def benchmark(
-        only: str = "", repeats: int = 5, results: command.ResultsDir = RESULTS, profile: Path | None = None
-    ) -> int:
-        """Measure rotjax beside its peers and floors, in turns, and write the medians and the page about them.
-
-        Args:
-            only: Rows, separated by commas, such as a,g-time; everything that this machine can measure if not given.
-            repeats: Measurements of each side.
-            results: Folder of the results.
-            profile: Instead of measuring, leave a trace of train steps in this folder, for Perfetto or TensorBoard.
-        """
-        return command.guarded(lambda: run(only, repeats, results, profile))
-
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch and rows that are commands want memory too
-    return command.cli(benchmark, "benchmark")
+    return command.cli(run, "benchmark")
 
 
-def run(only: str, repeats: int, results: Path, profile: Path | None = None) -> None:
-    """Measures the rows of `only`; each leaves its result at once, and replaces that of an earlier run."""
+def run(only: str = "", repeats: int = 5, results: command.ResultsDir = RESULTS, profile: Path | None = None) -> None:
+    """Measure rotjax beside its peers and floors, in turns, and write the medians and the page about them.
+
+    Args:
+        only: Rows, separated by commas, such as a,g-time; everything that this machine can measure if not given.
+        repeats: Measurements of each side.
+        results: Folder of the results; a row replaces its own of an earlier run as soon as it is measured.
+        profile: Instead of measuring, leave a trace of train steps in this folder, for Perfetto or TensorBoard.
+    """
     if repeats < 1:
         raise UsageError(f"--repeats={repeats} is too small; it is at least 1")
     asked = chosen(only)
@@ -230,20 +223,18 @@ def page(folder: Path) -> str:
             *facts,
             table(("row", "ratio", "goal", "here", "rotjax", "other", "jax"), lines),
         ]
-        parts += [f"- {name}: {why}" for name, why in SLOW.items() if name in results and not _met(name, results[name])]
+        missed = [row.name for row, result in measured if result["ratio"] is not None and not row.met(result["ratio"])]
+        parts += [f"- {name}: {SLOW[name]}" for name in missed if name in SLOW]
+    path = folder / "tried.json"
     tried = [
         (one["change"], one["predicted"], one["outcome"], "yes" if one["kept"] else "no")
-        for one in _tried(folder / "tried.json")
+        for one in (json.loads(path.read_text()) if path.exists() else [])
     ]
     heading = "## What was tried\n\nOn two CPU cores."
     parts += [heading, table(("change", "predicted", "outcome", "kept"), tried)] if tried else []
     if missing := [row.name for row in ROWS if row.name not in there]:
         parts.append(f"Not measured yet: {', '.join(missing)}. On a GPU, the same command measures them.")
     return "\n\n".join(parts) + "\n"
-
-
-def _tried(path: Path) -> list[dict]:
-    return json.loads(path.read_text()) if path.exists() else []
 
 
 def _line(row: Row, result: dict) -> tuple[str, ...]:
@@ -262,11 +253,6 @@ def _facts(result: dict) -> str:
 
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _met(name: str, result: dict) -> bool:
-    (row,) = (row for row in ROWS if row.name == name)
-    return result["ratio"] is None or row.met(result["ratio"])
 
 
 if __name__ == "__main__":

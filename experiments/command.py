@@ -67,20 +67,22 @@ class Execution:
 def main(kind: type[rotjax.Recipe]) -> int:
     """Parses the flags of `kind` and carries the run out; returns the exit code."""
 
-    def command(recipe, execution: Execution) -> int:
-        return guarded(lambda: run(kind(**dataclasses.asdict(recipe)), execution))
+    def command(recipe, execution: Execution) -> None:
+        run(kind(**dataclasses.asdict(recipe)), execution)
 
     command.__annotations__["recipe"] = flags(kind)
     return cli(command, kind.job, kind.__doc__)
 
 
 def cli(command, name: str, description: str | None = None) -> int:
-    """Calls `command` with the flags of `python -m experiments.<name>`, which are its parameters; returns the exit code."""
+    """Calls `command`, guarded, with the flags of `python -m experiments.<name>`, its parameters; returns the exit code."""
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
     prog, args = f"python -m experiments.{name}", [_at_home(word) for word in sys.argv[1:]]
     if flag := _without_value(args):
         return _failed(UsageError(f"{flag} is given an empty value; give another, or leave it out"))
-    return tyro.cli(command, args=args, prog=prog, description=description, config=config, use_underscores=True)
+    return guarded(
+        lambda: tyro.cli(command, args=args, prog=prog, description=description, config=config, use_underscores=True)
+    )
 
 
 def _at_home(word: str) -> str:

@@ -26,23 +26,19 @@ from rotjax.workdirs import read_summary
 
 log = logging.getLogger(__name__)
 
-NAMES: tuple[str, ...] = ("curves.png", "predictions.png", "mistakes.png", "confusion.png", "filters.png")
 SHOWN = 32  # images of predictions.png and of mistakes.png
 
 
 def draw(workdir: Path, plan: Plan) -> None:
-    """Draws those of `NAMES` that the workdir of a finished run lacks; raises CheckpointError where it cannot write."""
-    makers, run = (
-        dict(zip(NAMES, (_curves, _predictions, _mistakes, _confusion, _filters), strict=True)),
-        _Run(workdir, plan),
-    )
-    missing = [name for name in NAMES if parallel.of_primary(not (workdir / name).exists())]
+    """Draws those of `FIGURES` that the workdir of a finished run lacks; raises CheckpointError where it cannot write."""
+    run = _Run(workdir, plan)
+    missing = [name for name in FIGURES if parallel.of_primary(not (workdir / name).exists())]
     if missing:
         log.info("drawing the figures")
     with matplotlib.style.context(["default", plots.STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a class's name, which becomes a box
         for name in missing:
-            figure = makers[name](run)
+            figure = FIGURES[name](run)
             if parallel.primary():
                 plots.save(figure, workdir / name)
 
@@ -138,3 +134,12 @@ def _data(recipe: rotjax.Recipe) -> str:
 
 def _what(recipe: rotjax.Recipe) -> str:
     return "rotations" if recipe.job == "rotation" else "classes"
+
+
+FIGURES: dict[str, Callable[[_Run], Figure]] = {
+    "curves.png": _curves,
+    "predictions.png": _predictions,
+    "mistakes.png": _mistakes,
+    "confusion.png": _confusion,
+    "filters.png": _filters,
+}

@@ -16,8 +16,9 @@ RESULTS = CLONE if CLONE.is_dir() else Path("results")  # which an installed pac
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run's result: the fields of its JSON, and its rows of metrics that have a test accuracy as `epochs`."""
+    """A run's result: its `Run.name`, the fields of its JSON, and as `epochs` its rows of metrics with a test accuracy."""
 
+    name: str
     row: str
     variant: str
     task: str
@@ -35,12 +36,6 @@ class Outcome:
         return self.row, self.variant, self.task
 
     @property
-    def name(self) -> str:
-        """As the file that it comes from, `Run.name`."""
-        cut = "" if self.whole else f"first{self.recipe['max_steps']}"
-        return "-".join(filter(None, (*self.key, cut, f"seed{self.seed}")))
-
-    @property
     def whole(self) -> bool:
         """Whether it may stand beside the report's: it was not stopped early."""
         return self.recipe["max_steps"] is None
@@ -56,7 +51,8 @@ def load(folder: Path) -> list[Outcome]:
     outcomes = []
     for path in (folder / "runs").glob("*.json"):
         rows = map(json.loads, path.with_suffix(".jsonl").read_text().splitlines())
-        outcomes.append(Outcome(**json.loads(path.read_text()), epochs=[row for row in rows if "test_accuracy" in row]))
+        epochs = [row for row in rows if "test_accuracy" in row]
+        outcomes.append(Outcome(path.stem, **json.loads(path.read_text()), epochs=epochs))
     return sorted(outcomes, key=lambda one: ((*ROWS, *STRONG).index(one.row), one.variant, one.task != "rotation", one.seed))
 
 

@@ -17,6 +17,19 @@ LIBRARIES = []  # of torch's operators, whose definitions live as long as they d
 Timed = Callable[[int], float]  # count -> seconds that so many take
 
 
+def timed(step: Callable[[], Any], wait: Callable[[Any], Any]) -> Timed:
+    """The seconds of so many calls of `step`, until `wait` for what the last one returned is over."""
+
+    def seconds(count: int) -> float:
+        began, last = time.perf_counter(), None
+        for _ in range(count):
+            last = step()  # what came before is not kept: some results are large
+        wait(last)
+        return time.perf_counter() - began
+
+    return seconds
+
+
 def networks() -> Any:
     """`torchvision.models`, also where torch's build is not the one that torchvision's compiled operators are for."""
     import torch
@@ -57,17 +70,12 @@ def torch_step(name: str, stem: str, batch: Arrays, *, dtype: str = "float32", c
         torch._dynamo.reset()  # it knows functions by their code, and would compile for any batch size from the second on
         forward = torch.compile(loss, dynamic=False)
 
-    def steps(count: int) -> float:
-        began = time.perf_counter()
-        for _ in range(count):
-            optimizer.zero_grad(set_to_none=True)
-            forward().backward()
-            optimizer.step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        forward().backward()
+        optimizer.step()
 
-    return steps
+    return timed(step, _synchronize)
 
 
 def torch_convolutions(maps: Sequence[np.ndarray]) -> Timed:
@@ -81,16 +89,19 @@ def torch_convolutions(maps: Sequence[np.ndarray]) -> Timed:
         for channels in (one.shape[1] for one in inputs)
     ]
 
-    def convolutions(count: int) -> float:
-        began = time.perf_counter()
-        for _ in range(count):
-            for one, kernel in zip(inputs, kernels, strict=True):
-                torch.nn.functional.conv2d(one, kernel, padding=1)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
+    def convolve() -> None:
+        for one, kernel in zip(inputs, kernels, strict=True):
+            torch.nn.functional.conv2d(one, kernel, padding=1)
 
-    return convolutions
+    return timed(convolve, _synchronize)
+
+
+def _synchronize(_: None) -> None:
+    """Waits for torch's GPU, if it has one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def release() -> None:

@@ -18,11 +18,11 @@ import tyro
 from PIL import Image
 from tensorflow_datasets.core import shuffle
 
+from experiments import command
 from experiments.archives import Archive, catalogued, fetch, lacking, verify
-from experiments.command import DataDir, check_folder, cli, guarded
 from experiments.report import say
 from rotjax.data import catalogue, prepared
-from rotjax.errors import DataError, UsageError, launcher
+from rotjax.errors import DataError, UsageError, in_bytes, launcher
 from rotjax.locks import locked
 
 log = logging.getLogger("experiments.prepare")  # __name__ is "__main__" where it is run
@@ -39,31 +39,26 @@ Examples = Iterator[tuple[int | str, dict[str, Any]]]  # keys, which decide the 
 
 def main() -> int:
     """Parses the flags and prepares the data set; returns the exit code."""
-
-    def command(
-        dataset: tyro.conf.Positional[Literal["cifar10", "imagenette"]],
-        archive: Path | None = None,
-        data_dir: DataDir = None,
-        image_size: int | None = None,
-    ) -> int:
-        """Prepare a data set for TFDS's reader, without TensorFlow: download, check, convert. Run it again to go on.
-
-        Args:
-            dataset: Which.
-            archive: The data set's archive if it is on disk already; downloaded if not given.
-            data_dir: TFDS's folder of prepared data sets.
-            image_size: Imagenette only: the smallest of its three versions with at least this side, 160 if not given.
-        """
-        return guarded(lambda: run(dataset, archive, data_dir, image_size))
-
-    return cli(command, "prepare")
+    return command.cli(run, "prepare")
 
 
-def run(dataset: str, archive: Path | None, data_dir: Path | None, image_size: int | None) -> None:
-    """Prepares `dataset` and says where it is and what to do with it."""
+def run(
+    dataset: tyro.conf.Positional[Literal["cifar10", "imagenette"]],
+    archive: Path | None = None,
+    data_dir: command.DataDir = None,
+    image_size: int | None = None,
+) -> None:
+    """Prepare a data set for TFDS's reader, without TensorFlow: download, check, convert. Run it again to go on.
+
+    Args:
+        dataset: Which.
+        archive: The data set's archive if it is on disk already; downloaded if not given.
+        data_dir: TFDS's folder of prepared data sets.
+        image_size: Imagenette only: the smallest of its three versions with at least this side, 160 if not given.
+    """
     if image_size is not None and (dataset == "cifar10" or image_size < 1):
         raise UsageError(f"--image_size={image_size}: it is for imagenette, and at least 1; leave it out")
-    check_folder("data_dir", data_dir)
+    command.check_folder("data_dir", data_dir)
     name = catalogue.qualified(dataset, image_size or 160)
     folder = prepare(name, catalogue.home(data_dir), archive)
     flags = f"--dataset={dataset}" + (f" --image_size={image_size or 160}" if dataset == "imagenette" else "")
@@ -115,7 +110,7 @@ def prepare(
 def _check_space(data_dir: Path, needed: int) -> None:
     free = shutil.disk_usage(next(path for path in (data_dir, *data_dir.absolute().parents) if path.exists())).free
     if free < needed:
-        sizes = f"{free / 1e6:,.0f} MB are free and {needed / 1e6:,.0f} MB needed"
+        sizes = f"{in_bytes(free)} are free and {in_bytes(needed)} needed"
         raise DataError(f"in {data_dir} {sizes}; make room or name another --data_dir")
 
 

@@ -25,43 +25,31 @@ from rotjax.workdirs import read_recipe, read_summary, write_json
 
 def main() -> int:
     """Parses the flags and probes; returns the exit code."""
-
-    def probe(
-        pretrained: Path,
-        dataset: str | None = None,
-        image_size: int | None = None,
-        data_dir: command.DataDir = None,
-        neighbors: int = 20,
-        results: Path | None = None,
-    ) -> int:
-        """Measure how well classes can be read from each stage of a trained network, without training it further.
-
-        Features are the spatial mean of each stage's map. Logistic regression and k-nearest neighbours are fitted to those
-        of the training images and scored on those of the test images; the same is done for randomly initialised weights.
-        The scores are written to probe-<dataset>.json in the workdir.
-
-        Args:
-            pretrained: Workdir of the run whose network it is.
-            dataset: What is classified, by default what the network was trained on.
-            image_size: Side of the square images in pixels, by default as in training.
-            data_dir: Folder of data sets prepared for TFDS.
-            neighbors: Number of nearest training images that vote on the class of a test image.
-            results: Folder of results of `experiments.reproduce`, whose tables are to have the scores too.
-        """
-        return command.guarded(lambda: run(pretrained, dataset, image_size, data_dir, neighbors, results))
-
-    return command.cli(probe, "probe")
+    return command.cli(run, "probe")
 
 
 def run(
     pretrained: Path,
-    dataset: str | None,
-    image_size: int | None,
-    data_dir: Path | None,
-    neighbors: int,
+    dataset: str | None = None,
+    image_size: int | None = None,
+    data_dir: command.DataDir = None,
+    neighbors: int = 20,
     results: Path | None = None,
 ) -> None:
-    """Probes the network in `pretrained` and leaves the scores there, in `probe-<dataset>.json`, and in `results/probes`."""
+    """Measure how well classes can be read from each stage of a trained network, without training it further.
+
+    Features are the spatial mean of each stage's map. Logistic regression and k-nearest neighbours are fitted to those
+    of the training images and scored on those of the test images; the same is done for randomly initialised weights.
+    The scores are written to probe-<dataset>.json in the workdir.
+
+    Args:
+        pretrained: Workdir of the run whose network it is.
+        dataset: What is classified, by default what the network was trained on.
+        image_size: Side of the square images in pixels, by default as in training.
+        data_dir: Folder of data sets prepared for TFDS.
+        neighbors: Number of nearest training images that vote on the class of a test image.
+        results: Folder of results of `experiments.reproduce`, whose tables are to have the scores too.
+    """
     if neighbors < 1:
         raise UsageError(f"--neighbors={neighbors} is too small; it is at least 1")
     command.check_folder("data_dir", data_dir)

@@ -27,25 +27,20 @@ COUNTS = ("tests", "trials", "passed", "failed", "skipped")
 
 def main() -> int:
     """Parses the flags and writes the page; returns the exit code."""
-
-    def reliability(xml: tyro.conf.Positional[tuple[Path, ...]] = (), results: command.ResultsDir = RESULTS) -> int:
-        """Write the page about faults from what a run of the tests left.
-
-        Args:
-            xml: Files of `pytest --junitxml=FILE`; without any the page is made anew from the counts of the last ones.
-            results: Folder of the results.
-        """
-        return command.guarded(lambda: run(xml, results))
-
-    return command.cli(reliability, "reliability")
+    return command.cli(run, "reliability")
 
 
-def run(files: Iterable[Path], results: Path) -> None:
-    """Writes `reliability.json` in `results` from `files`, if any, and `reliability.md` from that and the list of faults."""
+def run(xml: tyro.conf.Positional[tuple[Path, ...]] = (), results: command.ResultsDir = RESULTS) -> None:
+    """Write the page about faults from what a run of the tests left.
+
+    Args:
+        xml: Files of `pytest --junitxml=FILE`; without any the page is made anew from the counts of the last ones.
+        results: Folder of the results.
+    """
     faults, counts, to = known(), results / "reliability.json", results / "reliability.md"
     command.check_folder("results", results, there=True)
-    if files:
-        write_json(counts, outcome(files))
+    if xml:
+        write_json(counts, outcome(xml))
     if not counts.is_file():
         raise UsageError(f"there is no {counts} yet; name the file that pytest --junitxml=FILE wrote")
     to.write_text(page(json.loads(counts.read_text()), faults))

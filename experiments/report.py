@@ -20,7 +20,8 @@ from rotjax.recipe import Recipe
 from rotjax.workdirs import read_summary
 
 HEADER = "epoch   train loss   train accuracy   test loss   test accuracy   elapsed"
-FILES = ("recipe.json", "metrics.jsonl", "summary.json", "checkpoints/", *figures.NAMES)
+MOST, LEAST = 290, 40  # characters of a line of an error, and of a word that is not cut
+FILES = ("recipe.json", "metrics.jsonl", "summary.json", "checkpoints/", *figures.FIGURES)
 
 
 def say(line: str) -> None:
@@ -45,18 +46,18 @@ def _write(line: str, stream: TextIO | None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def shortened(line: str, most: int = 290) -> str:
-    """`line` of at most so many characters: its longest words, paths, lose their middle, last those of what to do."""
+def shortened(line: str) -> str:
+    """`line` of at most MOST characters: its longest words, paths, lose their middle, last those of what to do."""
     what, semicolon, remedy = line.partition("; ")
-    what = _cut(what, most - len(semicolon + remedy))
-    return _cut(what + semicolon + remedy, most)
+    what = _cut(what, MOST - len(semicolon + remedy))
+    return _cut(what + semicolon + remedy, MOST)
 
 
-def _cut(line: str, most: int, least: int = 40) -> str:
-    """`line` of at most so many characters, or with no word longer than `least`, at the price of the middle of words."""
+def _cut(line: str, most: int) -> str:
+    """`line` of at most so many characters, or with no word longer than LEAST, at the price of the middle of words."""
     words = line.split(" ")
-    while (over := len(" ".join(words)) - most) > 0 and len(longest := max(words, key=len)) > least:
-        half = (max(len(longest) - over, least) - 3) // 2
+    while (over := len(" ".join(words)) - most) > 0 and len(longest := max(words, key=len)) > LEAST:
+        half = (max(len(longest) - over, LEAST) - 3) // 2
         words[words.index(longest)] = f"{longest[:half]}...{longest[-half:]}"
     return " ".join(words)
 

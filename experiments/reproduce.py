@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -53,16 +54,11 @@ class Settings:
 
 def main() -> int:
     """Parses the flags and reproduces; returns the exit code."""
-
-    def reproduce(settings: Settings) -> int:
-        """Run every row of the report, or those asked for, and write the comparison. Run it again to go on."""
-        return command.guarded(lambda: run(settings))
-
-    return command.cli(reproduce, "reproduce")
+    return command.cli(run, "reproduce")
 
 
 def run(settings: Settings) -> None:
-    """Runs what is missing of what is asked for."""
+    """Run every row of the report, or those asked for, and write the comparison. Run it again to go on."""
     for name in ("seeds", "max_steps"):
         if (value := getattr(settings, name)) is not None and value < 1:
             raise UsageError(f"--{name}={value} is too small; it is at least 1")
@@ -158,7 +154,7 @@ def overview(asked: Sequence[Run], settings: Settings, running: Run | None = Non
         other = run.published or run.goal
         lines.append(f"{run.row:4}{run.name:40}{f'{other:.2f}%' if other else '-':>10}   {state}")
     header = f"{'row':4}{'run':40}{'goal' if settings.preset == 'strong' else 'report':>10}   here"
-    speed = sorted(speeds)[len(speeds) // 2] if speeds else None
+    speed = statistics.median_high(speeds) if speeds else None
     hours = f"about {left / speed / 3600:.1f} hours" if speed else "how long is known once a run is done"
     return "\n".join([header, *lines, f"{sum(done(run, settings) for run in asked)} of {len(asked)} done; left: {hours}"])
 
@@ -168,7 +164,8 @@ def progress(run: Run, workdirs: Path) -> tuple[int, int]:
     recipe = run.recipe.resolved()
     total = min(recipe.epochs * (EPOCH_IMAGES[recipe.dataset] // recipe.batch_size), recipe.max_steps or sys.maxsize)
     metrics = workdirs / run.name / "metrics.jsonl"
-    rows = metrics.read_text().splitlines() if metrics.exists() else []
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    rows = [line for line in lines if line.endswith("\n")]  # the last one may be cut off
     return (json.loads(rows[-1])["step"] if rows else 0), total
 
 

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 
 import grain
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 
 import rotjax
 from experiments import peers
-from experiments.peers import Timed
+from experiments.peers import Timed, timed
 from rotjax import training
 from rotjax.data.batches import Batches, train_picks
 from rotjax.feed import STEPS, Where, stacked
@@ -33,30 +34,30 @@ COUNTS = {  # training GFLOPs and, in bfloat16, MB of memory traffic an image, c
 }
 
 
-def images(count: int, image_size: int = 32) -> dict[str, np.ndarray]:
-    """Noise, with labels from 0 to 3."""
+def images(count: int) -> dict[str, np.ndarray]:
+    """Noise at 32 px, with labels from 0 to 3."""
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (count, image_size, image_size, 3), np.uint8)
+    pixels = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
     return {"image": pixels, "label": rng.integers(0, 4, count, np.int32)}
 
 
-def per_second(timed: Timed, size: int) -> Side:
+def per_second(seconds: Timed, size: int) -> Side:
     """Images/s of what handles `size` of them at each count, for at least SECONDS; the other side may just have had the
     memory and the caches, so the first time does not count."""
-    timed(2)
-    count = max(2, round(2 * SECONDS / timed(2)))
+    seconds(2)
+    count = max(2, round(2 * SECONDS / seconds(2)))
 
     def side() -> float:
-        timed(1)
-        return count * size / timed(count)
+        seconds(1)
+        return count * size / seconds(count)
 
     return side
 
 
 def train_rate(name: str, stem: str, batch_size: int = BATCH, dtype: str = "float32", trainable: str = "all") -> Side:
     """Images/s of jitted steps on resident batches, one a dispatch on a CPU, else STEPS."""
-    timed, steps, _ = _steps(name, stem, batch_size, dtype, trainable)
-    return per_second(timed, steps * batch_size)
+    seconds, steps, _ = _steps(name, stem, batch_size, dtype, trainable)
+    return per_second(seconds, steps * batch_size)
 
 
 def train_and_torch(name: str, stem: str, batch_size: int = BATCH, dtype: str = "float32", compiled: bool = False) -> Sides:
@@ -76,13 +77,8 @@ def products_and_convolutions() -> Sides:
     pairs = [(jnp.tile(one.reshape(-1, one.shape[3]), 9), jnp.ones((9 * one.shape[3], one.shape[3]))) for one in maps]
     multiply = jax.jit(jnp.matmul)
 
-    def products(count: int) -> float:
-        began = time.perf_counter()
-        for _ in range(count):
-            jax.block_until_ready([multiply(patches, kernel) for patches, kernel in pairs])
-        return time.perf_counter() - began
-
     work = sum(2 * patches.size * kernel.shape[1] for patches, kernel in pairs) // 10**9
+    products = timed(lambda: [multiply(patches, kernel) for patches, kernel in pairs], jax.block_until_ready)
     ours = per_second(products, work)
     try:
         return ours, per_second(peers.torch_convolutions(maps), work)
@@ -136,12 +132,8 @@ def evaluation_and_training() -> Sides:
     batch = jax.device_put(images(BATCH) | {"weight": np.ones(BATCH, np.float32)})
     step = rotjax.eval_step(model).lower(variables, batch).compile()
 
-    def evaluate(count: int) -> float:
-        began = time.perf_counter()
-        jax.block_until_ready([step(variables, batch) for _ in range(count)])
-        return time.perf_counter() - began
-
-    return per_second(evaluate, BATCH), train_rate("resnet18", "imagenet")
+    evaluated = timed(lambda: step(variables, batch), jax.block_until_ready)
+    return per_second(evaluated, BATCH), train_rate("resnet18", "imagenet")
 
 
 def step_and_floor(name: str) -> Sides:
@@ -163,15 +155,12 @@ def _steps(name: str, stem: str, batch_size: int, dtype: str, trainable: str) ->
     step = lowered.compile()
     counted = step if jax.default_backend() == "cpu" else lowered  # cuDNN's calls in a compiled one count for nothing
 
-    def dispatches(count: int) -> float:
+    def dispatch() -> rotjax.TrainState:
         nonlocal state
-        began = time.perf_counter()
-        for _ in range(count):
-            state, _ = step(state, given)
-        jax.block_until_ready(state)
-        return time.perf_counter() - began
+        state, _ = step(state, given)
+        return state
 
-    return dispatches, size, (counted.cost_analysis() or {}).get("flops", math.nan)
+    return timed(dispatch, jax.block_until_ready), size, (counted.cost_analysis() or {}).get("flops", math.nan)
 
 
 def _dispatched() -> int:
@@ -185,16 +174,13 @@ def _batches(data: dict[str, np.ndarray]) -> Batches:
 
 def _taken(batches: Iterator) -> Timed:
     """The next of `batches`, on one core, until they are where they are placed, if they are."""
+    seconds = timed(partial(next, batches), jax.block_until_ready)
 
-    def timed(count: int) -> float:
+    def on_one_core(count: int) -> float:
         with _one_core():
-            began, last = time.perf_counter(), None
-            for batch in itertools.islice(batches, count):
-                last = batch
-            jax.block_until_ready(last)
-            return time.perf_counter() - began
+            return seconds(count)
 
-    return timed
+    return on_one_core
 
 
 @contextmanager
@@ -211,20 +197,12 @@ def _one_core() -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def _peaks(side: int = 8192) -> tuple[Side, Side]:
-    """FLOP/s of a bfloat16 matrix product `side` x `side`, and bytes/s of a copy, on this device."""
+def _peaks() -> tuple[Side, Side]:
+    """FLOP/s of a bfloat16 product of square matrices, and bytes/s of a copy, on this device."""
+    side = 8192
     matrix = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
 
     def rate(function: Callable, work: float) -> Side:
-        function = jax.jit(function)
-
-        def timed(count: int) -> float:
-            began, last = time.perf_counter(), None
-            for _ in range(count):
-                last = function(matrix)  # all of them would not fit into the memory
-            jax.block_until_ready(last)
-            return time.perf_counter() - began
-
-        return per_second(timed, int(work))
+        return per_second(timed(partial(jax.jit(function), matrix), jax.block_until_ready), int(work))
 
     return rate(lambda x: x @ x, 2 * side**3), rate(lambda x: -x, 2 * matrix.nbytes)

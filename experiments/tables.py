@@ -17,20 +17,15 @@ BEGINNINGS = {"3a": ("row 1", "64.69"), "3b": ("random weights", "40.66")}  # an
 
 def main() -> int:
     """Parses the flags and writes the tables and figures; returns the exit code."""
-
-    def tables(results: command.ResultsDir = RESULTS) -> int:
-        """Write the page that compares with the report, and its figures, anew from `runs/`, `controls/` and `probes/`.
-
-        Args:
-            results: Folder of the results.
-        """
-        return command.guarded(lambda: run(results))
-
-    return command.cli(tables, "tables")
+    return command.cli(run, "tables")
 
 
-def run(results: Path) -> None:
-    """Writes the page and says where it is."""
+def run(results: command.ResultsDir = RESULTS) -> None:
+    """Write the page that compares with the report, and its figures, anew from `runs/`, `controls/` and `probes/`.
+
+    Args:
+        results: Folder of the results.
+    """
     command.check_folder("results", results, there=True)
     write(results)
     say(str(results / "README.md"))

@@ -25,7 +25,7 @@ from tensorflow_datasets.core import hashing, shuffle
 from experiments import archives, prepare
 from experiments.archives import Archive
 from rotjax.data import catalogue, prepared
-from rotjax.errors import DataError, InUseError
+from rotjax.errors import DataError, InUseError, in_bytes
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -213,7 +213,7 @@ def test_nowhere_to_write(tmp_path, cifar10_file):
 
 
 def test_disk_too_small(tmp_path):
-    with pytest.raises(DataError, match=r"MB are free and 2,000,000,000,000 MB needed; make room"):
+    with pytest.raises(DataError, match=r"B are free and 2,000,000,000.0 GB needed; make room"):
         prepare.prepare("cifar10", tmp_path / "data", archive=Archive("http://127.0.0.1:9/x", 10**18, ""))
     assert not (tmp_path / "data").exists()
 
@@ -291,7 +291,7 @@ def test_download(tmp_path, cifar10_file, notes):
     assert len(prepared.load("cifar10", 32, tmp_path).train["label"]) == 20
     kept = tmp_path / "downloads" / "a.tgz"
     assert kept.read_bytes() == cifar10_file.read_bytes()
-    assert f"downloading {server.archive.url}, 0.1 MB" in notes
+    assert f"downloading {server.archive.url}, {in_bytes(server.archive.size)}" in notes
     assert f"{kept} is there; once cifar10 is prepared it may be removed" in notes
 
 
@@ -317,7 +317,7 @@ def test_goes_on_with_a_partial_file(tmp_path, notes):
         archives.fetch(server.archive, tmp_path / "a")
     assert server.asked == ["bytes=123456-"]
     assert (tmp_path / "a").read_bytes() == DATA
-    assert notes == [f"downloading {server.archive.url}, 0.1 of 0.3 MB are there"]
+    assert notes == [f"downloading {server.archive.url}, 123.5 kB of 300.0 kB are there"]
     assert not (tmp_path / "a.partial").exists()
 
 
@@ -333,7 +333,7 @@ def test_gives_up_and_keeps_what_came(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "PATIENCE", (0, 0))
     with serving(DATA, cuts=[100_000, 0, 0, 0]) as server:
         with pytest.raises(
-            DataError, match="closed the connection.*the same command resumes, 0.1 of 0.3 MB are there, or fetch"
+            DataError, match="closed the connection.*the same command resumes, 100.0 kB of 300.0 kB are there, or fetch"
         ):
             archives.fetch(server.archive, tmp_path / "a")
         assert len(server.asked) == 4

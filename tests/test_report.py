@@ -65,7 +65,7 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("job", ["rotation", "classification"])
 def test_figures_of_a_run(runs, job):
     workdir, this, _ = runs[job]
-    for name in figures.NAMES:
+    for name in figures.FIGURES:
         path = workdir / name
         with Image.open(path) as image:
             assert image.format == "PNG"

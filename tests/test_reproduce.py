@@ -124,6 +124,11 @@ def test_what_is_left_is_shown_with_an_estimate(small, capsys):
     reproduce.run(dataclasses.replace(small, list=True))
     out = capsys.readouterr().out
     assert "1 of 2 done; left: about 0.0 hours" in out and "78.99%" in out and out.count(" left\n") == 1
+    (other,) = (run.name for run in reproduce.runs(1, "report") if run.row == "3a")
+    (small.workdirs / other).mkdir()
+    (small.workdirs / other / "metrics.jsonl").write_text('{"step": 2}\n{"step')  # as a full disk cuts a row off
+    reproduce.run(dataclasses.replace(small, list=True))
+    assert " interrupted at step 2\n" in capsys.readouterr().out
 
 
 def test_a_trial_is_told_from_the_run():
