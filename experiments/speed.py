@@ -41,9 +41,9 @@ def images(count: int) -> dict[str, np.ndarray]:
     return {"image": pixels, "label": rng.integers(0, 4, count, np.int32)}
 
 
-def per_second(seconds: Timed, size: int) -> Side:
-    """Images/s of what handles `size` of them at each count, for at least SECONDS; the other side may just have had the
-    memory and the caches, so the first time does not count."""
+def per_second(seconds: Timed, size: float) -> Side:
+    """Images/s, or other work/s, of what does `size` at each count, for at least SECONDS; the other side may just have had
+    the memory and the caches, so the first time does not count."""
     seconds(2)
     count = max(2, round(2 * SECONDS / seconds(2)))
 
@@ -77,7 +77,7 @@ def products_and_convolutions() -> Sides:
     pairs = [(jnp.tile(one.reshape(-1, one.shape[3]), 9), jnp.ones((9 * one.shape[3], one.shape[3]))) for one in maps]
     multiply = jax.jit(jnp.matmul)
 
-    work = sum(2 * patches.size * kernel.shape[1] for patches, kernel in pairs) // 10**9
+    work = sum(2 * patches.size * kernel.shape[1] for patches, kernel in pairs) / 1e9
     products = timed(lambda: [multiply(patches, kernel) for patches, kernel in pairs], jax.block_until_ready)
     ours = per_second(products, work)
     try:
@@ -203,6 +203,6 @@ def _peaks() -> tuple[Side, Side]:
     matrix = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
 
     def rate(function: Callable, work: float) -> Side:
-        return per_second(timed(partial(jax.jit(function), matrix), jax.block_until_ready), int(work))
+        return per_second(timed(partial(jax.jit(function), matrix), jax.block_until_ready), work)
 
     return rate(lambda x: x @ x, 2 * side**3), rate(lambda x: -x, 2 * matrix.nbytes)

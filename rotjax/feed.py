@@ -70,9 +70,7 @@ def choose(plan: Plan, augment: Where | None, per_dispatch: int | None, threads:
     """
     check(per_dispatch, threads)
     cpu, epoch = jax.default_backend() == "cpu", min(plan.epoch_steps, plan.steps)
-    images = plan.data.train["image"].nbytes + plan.data.test["image"].nbytes
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    hosted = highest(cpu or ROOM * images > memory)  # asked in any case: a process may have been told, another not
+    hosted = highest(augment is None and (cpu or not _fit(plan)))  # asked by all: one may have been told, another not
     augment = augment or ("host" if hosted else "device")
     if per_dispatch is None:
         on_host, picked = plan.recipe.views * plan.data.train["image"][0].nbytes, plan.recipe.batch_size * 12
@@ -81,6 +79,12 @@ def choose(plan: Plan, augment: Where | None, per_dispatch: int | None, threads:
         numbers = range(1, most + 1)  # that divide an epoch with the fewest dispatches, and then with one program for all
         per_dispatch = min(numbers, key=lambda number: (sum(divmod(epoch, number)), epoch % number > 0))
     return Feed(augment, min(per_dispatch, epoch), (0 if cpu else 1) if threads is None else threads)
+
+
+def _fit(plan: Plan) -> bool:
+    """Whether the images leave enough of a device's memory for training."""
+    images = plan.data.train["image"].nbytes + plan.data.test["image"].nbytes
+    return ROOM * images <= (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
 
 def sizes(start: int, steps: int, epoch_steps: int, per_dispatch: int) -> Iterator[int]:

@@ -1,6 +1,7 @@
 """The train step, the evaluation step and the training loop, the same for pretraining and fine-tuning."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial, reduce
 from typing import Any
@@ -43,8 +44,8 @@ def init_variables(model: nn.Module, seed: int, image_size: int) -> dict:
     The fields of `model` have to be hashable: tuples, not lists.
     """
     key = jax.random.key(seed)
-    alone = jax.default_backend() == "cpu" and not isinstance(key, Tracer)
-    return (_drawn_quickly if alone else _drawn)(model, key, image_size)
+    outermost = jax.default_backend() == "cpu" and not isinstance(key, Tracer)
+    return (_drawn_quickly if outermost else _drawn)(model, key, image_size)
 
 
 def abstract_variables(model: nn.Module, image_size: int) -> dict:
@@ -58,7 +59,7 @@ def _draw(model: nn.Module, key: jax.Array, image_size: int) -> dict:
 
 # At the top level, so that a network is traced once for all of its variables.
 _drawn = jax.jit(_draw, static_argnums=(0, 2))
-# The same bits from a program that runs once: for DenseNet121 a CPU compiles the optimized one for half a minute.
+# The same bits on x86 from a program that runs once: for DenseNet121 jax 0.12 compiles the optimized one for half a minute.
 _drawn_quickly = jax.jit(_draw, static_argnums=(0, 2), compiler_options={"xla_backend_optimization_level": 1})
 
 
@@ -170,7 +171,8 @@ def place(batches: Iterable[dict], mesh: Mesh | None = None, *, axis: int = 0) -
 
 def evaluate(step: Callable[[dict, dict], dict[str, jax.Array]], variables: dict, batches: Iterable[dict]) -> Row:
     """`loss` and `accuracy` over all images, and the `confusion` matrix i64 `[true, predicted]`."""
-    sums = reduce(optax.tree.add, (step(variables, batch) for batch in batches))
+    add = partial(jax.tree.map, operator.add)
+    sums = reduce(add, (step(variables, batch) for batch in batches))
     confusion = np.asarray(sums["confusion"]).astype(np.int64)
     count = confusion.sum()
     return {

@@ -128,7 +128,7 @@ def metrics(workdir: Path, step: int) -> Iterator[tuple[list[dict], Callable[[di
 
 @contextmanager
 def signals() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets; a second one ends the process at once."""
+    """An event that the first SIGTERM or SIGINT sets, a second one ends the process at once; not those that it ignores."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

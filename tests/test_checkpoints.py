@@ -218,6 +218,22 @@ def test_R2_killed_at_each_point_of_a_save(tmp_path, place, left):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "3.json", "4", "4.json"]
 
 
+def test_R2_killed_where_a_damaged_step_is_to_be_saved_again(tmp_path, monkeypatch):
+    saved(tmp_path, 3)
+    next(path for path in (tmp_path / "3").rglob("*") if path.is_file()).write_bytes(b"")
+    unlink = Path.unlink
+
+    def dies(path, **options):
+        unlink(path, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "unlink", dies)
+        manifests.begin(tmp_path, 3)
+    saved(tmp_path, 3)
+    equal(restored(tmp_path), state(3, 3))
+
+
 def test_C12_killed_while_an_old_one_is_removed_two_sound_ones_are_left(tmp_path):
     killed(tmp_path, "in a removal")
     assert manifests.steps(tmp_path) == [3, 2] and not any(manifests.damage(tmp_path, step) for step in (3, 2))

@@ -230,6 +230,8 @@ def test_what_is_not_said_suits_the_devices(plan, monkeypatch):
         assert feeds.choose(large, "device", None, 2) == feeds.Feed("device", most, 2)
     monkeypatch.setattr(feeds, "SENT", 5 * plan.data.train["image"][:9].nbytes)
     assert feeds.choose(dataclasses.replace(plan, epoch_steps=64, steps=64), "host", None, 0) == feeds.Feed("host", 4, 0)
+    every = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, rotations="all"))
+    assert feeds.choose(every, "host", None, 0) == feeds.Feed("host", 1, 0), "four views of each image are sent"
     assert feeds.choose(plan, "host", 1024, 0).per_dispatch == plan.epoch_steps
     with pytest.raises(UsageError, match="--threads=-1 is out of range; it is at least 0 and here at most 1024"):
         feeds.choose(plan, None, None, -1)

@@ -83,7 +83,7 @@ BAD = {
     "pretrained": FOLDER | st.just("nowhere"),
     "archive": LONG | st.sampled_from(["nowhere", "file"]),
     "only": one_of("z", "1,,2", "resnet18", ","),
-    "run": one_of("1", "nope", "4-full-20-classification-seed0", "2a-held-classification-seed0"),
+    "run": one_of("1", "nope", "4-scratch-20-classification-seed0", "2b-held-classification-seed0"),
 }
 BESIDE = {
     ("rotation", "data_dir"): ["--dataset=cifar10"],
