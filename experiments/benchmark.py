@@ -122,7 +122,7 @@ SLOW = {  # of rows that miss their goal, why
     "e-unthreaded": "the goal was set against Grain's default of 16 reading threads, which is slower: row e.",
     "c": "a step of nothing but XLA's matrix products would just reach the goal (row c-products). On maps of 64 channels at"
     " 32 px patches and Winograd's transforms move too much memory to be faster than XLA's own convolutions.",
-    "j": "its repeats lie on both sides of the goal; imports and tracing are not cached.",
+    "j": "imports and tracing are not cached.",
 }
 
 

@@ -24,7 +24,7 @@ from rotjax.errors import DesertedError, RotjaxError, Stopped, UsageError, reaso
 from rotjax.feed import Where
 from rotjax.recipe import NETWORK
 from rotjax.run import check_cadence
-from rotjax.workdirs import ENDING
+from rotjax.workdirs import ENDING, heeded
 
 log = logging.getLogger(__name__)
 
@@ -132,9 +132,8 @@ def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
 def guarded(job) -> int:
     """Runs `job`; an error of ours, or a signal where nothing is to be saved yet, becomes one line and its exit code."""
     checkpoints.quiet()
-    for kind in ENDING:
-        if signal.getsignal(kind) != signal.SIG_IGN:
-            signal.signal(kind, _interrupt)
+    for kind in heeded():
+        signal.signal(kind, _interrupt)
     try:
         with report.listening(), parallel.deserted():
             job()

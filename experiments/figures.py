@@ -2,7 +2,6 @@
 
 import heapq
 import itertools
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from experiments import plots
 from rotjax import parallel
 from rotjax.planning import Plan
 from rotjax.scoring import eval_task
-from rotjax.workdirs import read_summary
+from rotjax.workdirs import read_rows, read_summary
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ class _Run:
 
 def _curves(run: _Run) -> Figure:
     recipe, epoch_steps = run.plan.recipe, run.plan.epoch_steps
-    rows = [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(run.workdir / "metrics.jsonl")
     falls = [step // epoch_steps for step in run.plan.boundaries]
     title = f"{_data(recipe)}: {recipe.backbone} learns to predict {_what(recipe)}"
     tested = recipe.tested_on.partition(" ")[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.rows import ROWS, STRONG, WHOLE
+from rotjax.workdirs import read_rows
 
 PROBES = ("linear", "neighbors")  # what `experiments.probe` puts on top of features
 CLONE = Path(__file__).parent / "results"
@@ -50,8 +51,7 @@ def load(folder: Path) -> list[Outcome]:
     """Every outcome in `folder/runs`: in the order of rows, by variant, the pretext before what starts from it, by seed."""
     outcomes = []
     for path in (folder / "runs").glob("*.json"):
-        rows = map(json.loads, path.with_suffix(".jsonl").read_text().splitlines())
-        epochs = [row for row in rows if "test_accuracy" in row]
+        epochs = [row for row in read_rows(path.with_suffix(".jsonl")) if "test_accuracy" in row]
         outcomes.append(Outcome(path.stem, **json.loads(path.read_text()), epochs=epochs))
     return sorted(outcomes, key=lambda one: ((*ROWS, *STRONG).index(one.row), one.variant, one.task != "rotation", one.seed))
 

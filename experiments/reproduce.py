@@ -1,7 +1,6 @@
 """Reproduces the report that rotjax implements: `python -m experiments.reproduce`."""
 
 import dataclasses
-import json
 import shutil
 import statistics
 import subprocess
@@ -18,7 +17,7 @@ from rotjax.errors import UsageError
 from rotjax.presets import Preset
 from rotjax.recipe import NETWORK, Classification
 from rotjax.recipe_json import to_json
-from rotjax.workdirs import read_recipe, read_summary, write_json
+from rotjax.workdirs import read_recipe, read_rows, read_summary, write_json
 
 EPOCH_IMAGES = {"cifar10": 50_000, "imagenette": 9_469}  # what an estimate counts with
 PICTURED = {  # what is kept of a run's figures among the results, and as what
@@ -164,9 +163,8 @@ def progress(run: Run, workdirs: Path) -> tuple[int, int]:
     recipe = run.recipe.resolved()
     total = min(recipe.epochs * (EPOCH_IMAGES[recipe.dataset] // recipe.batch_size), recipe.max_steps or sys.maxsize)
     metrics = workdirs / run.name / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    rows = [line for line in lines if line.endswith("\n")]  # the last one may be cut off
-    return (json.loads(rows[-1])["step"] if rows else 0), total
+    rows = read_rows(metrics) if metrics.exists() else []
+    return (rows[-1]["step"] if rows else 0), total
 
 
 def cost(run: Run) -> float:

@@ -100,13 +100,17 @@ def claimed(workdir: Path, recipe: Recipe, data: Dataset) -> Iterator[Callable[[
         yield check
 
 
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a `metrics.jsonl`, but for one that a full disk has cut off; raises OSError or ValueError."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
 @contextmanager
 def metrics(workdir: Path, step: int) -> Iterator[tuple[list[dict], Callable[[dict], None]]]:
     """The rows of `metrics.jsonl` up to `step`, and a function that appends one; later and truncated rows are dropped."""
     path = workdir / "metrics.jsonl"
     try:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        rows = [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if row["step"] <= step]
+        rows = [row for row in (read_rows(path) if path.exists() else []) if row["step"] <= step]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); remove it, the same command resumes") from error
     with _writing(workdir):
@@ -126,9 +130,14 @@ def metrics(workdir: Path, step: int) -> Iterator[tuple[list[dict], Callable[[di
             file.close()
 
 
+def heeded() -> list[signal.Signals]:
+    """Of SIGTERM and SIGINT those that this process was not started to ignore, as a script's background job is SIGINT."""
+    return [kind for kind in ENDING if signal.getsignal(kind) != signal.SIG_IGN]
+
+
 @contextmanager
 def signals() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets, a second one ends the process at once; not those that it ignores."""
+    """An event that the first of the `heeded` signals sets; a second one ends the process at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -136,8 +145,7 @@ def signals() -> Iterator[threading.Event]:
     heard, told = socket.socketpair()
     told.setblocking(False)
     watch = threading.Thread(target=_watch, args=(heard, event), daemon=True)
-    heeded = [kind for kind in ENDING if signal.getsignal(kind) != signal.SIG_IGN]  # a script's background job ignores some
-    before = {kind: signal.signal(kind, lambda *_: event.set()) for kind in heeded}
+    before = {kind: signal.signal(kind, lambda *_: event.set()) for kind in heeded()}
     wakeup = signal.set_wakeup_fd(told.fileno())
     watch.start()
     try:

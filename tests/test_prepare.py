@@ -213,7 +213,7 @@ def test_nowhere_to_write(tmp_path, cifar10_file):
 
 
 def test_disk_too_small(tmp_path):
-    with pytest.raises(DataError, match=r"B are free and 2,000,000,000.0 GB needed; make room"):
+    with pytest.raises(DataError, match=r"\d\.\d [kMG]B are free and 2,000,000,000\.0 GB needed; make room"):
         prepare.prepare("cifar10", tmp_path / "data", archive=Archive("http://127.0.0.1:9/x", 10**18, ""))
     assert not (tmp_path / "data").exists()
 
