@@ -91,7 +91,7 @@ def sizes(start: int, steps: int, epoch_steps: int, per_dispatch: int) -> Iterat
     """Yields the number of steps of each dispatch from step `start` to `steps`: `per_dispatch`, or one.
 
     Every epoch is divided alike, from its first step on, whichever step a run resumes from: the same step is computed by
-    the same program, to the same bits.
+    the same program, on a CPU to the same bits.
     """
     while start < steps:
         place = start % epoch_steps

@@ -3,18 +3,16 @@
 While a step is written or removed it has the marker `<step>.unfinished` instead, so that the next run may remove it.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 from rotjax.errors import reason
+from rotjax.files import digest, read_json
 
 STEP = re.compile(r"(0|[1-9][0-9]{0,9})\.(json|unfinished)")
-LARGEST = 2**26  # bytes of a JSON file that is believed
 
 
 def steps(directory: Path) -> list[int]:
@@ -87,24 +85,6 @@ def files(folder: Path) -> list[str]:
     if not paths:
         raise ValueError("it is empty")
     return [path.relative_to(folder).as_posix() for path in paths]
-
-
-def digest(path: Path, keep: bool = False) -> str:
-    """SHA-256 of a file; with `keep`, after syncing it to disk."""
-    with open(path, "rb") as file:
-        if keep:
-            os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> Any:
-    """The content of an untrusted JSON file; raises OSError, or ValueError for malformed content."""
-    if path.stat().st_size > LARGEST:
-        raise ValueError("it is too large")
-    try:
-        return json.loads(path.read_text())
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
 
 
 def _marked(directory: Path, kind: str) -> list[int]:

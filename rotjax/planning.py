@@ -38,6 +38,11 @@ class Plan:
         return whole if not rest else round(self.steps / self.epoch_steps, 2)
 
     @property
+    def last_epoch(self) -> int:
+        """The number of the last epoch, from 1, also of one that `max_steps` cuts short."""
+        return -(-self.steps // self.epoch_steps)
+
+    @property
     def boundaries(self) -> range:
         """The steps at which the learning rate is divided by 10."""
         period = self.recipe.decay_epochs * self.epoch_steps
@@ -70,6 +75,8 @@ def plan(
     """
     check(recipe)
     if data:
+        if recipe.image_size not in (None, data.image_size):
+            raise UsageError(f"image_size={recipe.image_size} contradicts data of {data.image_size} px; leave it out")
         recipe = dataclasses.replace(recipe, dataset=data.name, image_size=data.image_size)
     donor, step = None, 0
     if isinstance(recipe, Classification) and recipe.pretrained is not None:
@@ -118,7 +125,7 @@ def _inherit(recipe: Classification, donor: Path) -> tuple[Classification, int]:
     for name, value in inherited.items():
         if getattr(recipe, name) not in (None, value):
             raise UsageError(f"--{name}={getattr(recipe, name)} contradicts {donor}, which has {value}; leave --{name} out")
-    if recipe.dataset == source.dataset and recipe.validation not in (0.0, source.validation):
+    if recipe.dataset == source.dataset and recipe.validation > source.validation:
         log.warning(f"the backbone of {donor} was pretrained on the validation images too, without their labels")
     return dataclasses.replace(recipe, **inherited, pretrained=f"{source.name}@{step}"), step
 

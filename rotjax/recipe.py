@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_
 import jax.numpy as jnp
 
 from rotjax import optim, presets
+from rotjax.data import tasks
 from rotjax.errors import UsageError
 from rotjax.models import Backbone, Classifier, StemName, create
 from rotjax.rotation import ANGLES
@@ -88,6 +89,16 @@ class Recipe:
         return self.batch_size
 
     @property
+    def train_task(self) -> tasks.Task:
+        """What training batches ask."""
+        return tasks.classify
+
+    @property
+    def eval_task(self) -> tasks.Task:
+        """What the evaluation after every epoch asks: classes; or, as in the report, one random turn per image."""
+        return tasks.classify
+
+    @property
     def tested_on(self) -> str:
         """What the run is scored on: test or validation images."""
         return "validation images" if self.validation else "test images"
@@ -154,6 +165,14 @@ class Rotation(Recipe):
     @property
     def views(self) -> int:
         return self.batch_size * (4 if self.rotations == "all" else 1)
+
+    @property
+    def train_task(self) -> tasks.Task:
+        return tasks.all_turns if self.rotations == "all" else tasks.random_turn
+
+    @property
+    def eval_task(self) -> tasks.Task:
+        return tasks.random_turn
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from rotjax import checkpoints, optim, parallel, scoring, training, workdirs
+from rotjax import checkpoints, files, optim, parallel, scoring, training, workdirs
 from rotjax import feed as feeds
 from rotjax.data import batches, tasks
 from rotjax.data.augmentation import train_view
@@ -25,7 +25,7 @@ from rotjax.feed import Feed, Stream, Where
 from rotjax.models import Classifier
 from rotjax.parallel import data_mesh
 from rotjax.planning import Plan
-from rotjax.recipe import Classification, Recipe, Rotation
+from rotjax.recipe import Classification
 from rotjax.recipe_json import to_json
 from rotjax.transfer import graft
 
@@ -74,7 +74,7 @@ def train(
         with parallel.together():
             logged, write = stack.enter_context(workdirs.metrics(workdir, first)) if parallel.primary() else ([], _ignore)
         score, testing = scoring.scorer(plan, model, feed, partial(_until, stopping, log_steps)), 0.0
-        stream = train_stream(plan, feed, mesh, _task(recipe))
+        stream = train_stream(plan, feed, mesh, recipe.train_task)
         step = _compiled(plan, feed, mesh, model, optimizer, state, stream)
         placed = stack.enter_context(closing(_placed(plan, feed, mesh, stream, first)))
         trained = training.fit(
@@ -86,7 +86,7 @@ def train(
                 for row in rows:
                     if "train_loss" in row:
                         testing -= time.perf_counter()
-                        result = score(state.variables, scoring.eval_task(recipe), row["epoch"])
+                        result = score(state.variables, recipe.eval_task, row["epoch"])
                         testing += time.perf_counter()
                         row |= {"test_loss": result["loss"], "test_accuracy": result["accuracy"]}
                     with parallel.together():
@@ -122,7 +122,7 @@ def train(
             checkpoints.wait(saved)
             if parallel.primary():
                 claim()
-                workdirs.write_json(workdir / "summary.json", summary | _facts(plan, mesh))
+                files.write_json(workdir / "summary.json", summary | _facts(plan, mesh))
 
 
 def check_cadence(log_steps: int, checkpoint_seconds: float) -> None:
@@ -220,13 +220,6 @@ def _save(saved: checkpoints.Checkpoints, state: training.TrainState) -> None:
     if int(state.step):
         training.check_finite(state)
         checkpoints.save(saved, state)
-
-
-def _task(recipe: Recipe) -> tasks.Task:
-    """The task of training batches."""
-    if isinstance(recipe, Rotation):
-        return tasks.all_turns if recipe.rotations == "all" else tasks.random_turn
-    return tasks.classify
 
 
 def train_stream(plan: Plan, feed: Feed, mesh: Mesh, task: tasks.Task) -> Stream:

@@ -11,27 +11,23 @@ from rotjax.feed import Feed
 from rotjax.models import Classifier
 from rotjax.parallel import data_mesh
 from rotjax.planning import Plan
-from rotjax.recipe import Recipe, Rotation
+from rotjax.recipe import Rotation
 
 Score = Callable[[dict, tasks.Task, int], dict]
-
-
-def eval_task(recipe: Recipe) -> tasks.Task:
-    """The task of the evaluation after every epoch: one random turn per image, as in the report; or classes."""
-    return tasks.random_turn if isinstance(recipe, Rotation) else tasks.classify
 
 
 def scorer(plan: Plan, model: Classifier, feed: Feed, until: Callable[[Iterable], Iterator]) -> Score:
     """`(variables, task, epoch) -> loss, accuracy, confusion` on every test image."""
     recipe, mesh = plan.recipe, data_mesh()
-    data, step = feed.put(plan.data.test, mesh), cache(partial(training.eval_step, model, mesh))
+    data = feed.put(plan.data.test, mesh)
+    step = cache(partial(training.eval_step, model, mesh))  # the same functions after every epoch, or jit compiles again
     view = cache(lambda task: partial(eval_view, task=task))
 
     def score(variables: dict, task: tasks.Task, epoch: int) -> dict:
         count = len(plan.data.test["label"])
         picks = batches.eval_picks(count, recipe.batch_size, seed=recipe.seed, epoch=epoch)
         stream = feed.stream(picks, view(task), data)
-        with closing(batches.read(stream.elements)) as reader:
+        with closing(batches.read(stream.elements, threads=feed.threads)) as reader:
             placed = training.place(until(reader), mesh)
             return training.evaluate(partial(step(stream.make), data=stream.data), variables, placed)
 
@@ -40,7 +36,7 @@ def scorer(plan: Plan, model: Classifier, feed: Feed, until: Callable[[Iterable]
 
 def final_scores(plan: Plan, score: Score, variables: dict) -> dict:
     """Rotations on all four turns of every image, and as after every epoch on one random turn each; or classes."""
-    epoch = -(-plan.steps // plan.epoch_steps)
+    epoch = plan.last_epoch
     if isinstance(plan.recipe, Rotation):
         every, one = score(variables, tasks.all_turns, epoch), score(variables, tasks.random_turn, epoch)
         accuracies = {"rotation_accuracy": every["accuracy"], "rotation_accuracy_random": one["accuracy"]}

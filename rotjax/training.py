@@ -166,7 +166,7 @@ def place(batches: Iterable[dict], mesh: Mesh | None = None, *, axis: int = 0) -
     """
     put = partial(jax.make_array_from_process_local_data, split(mesh or data_mesh(), axis))
     for batch in batches:
-        yield jax.tree.map(put, batch)
+        yield put(batch)
 
 
 def evaluate(step: Callable[[dict, dict], dict[str, jax.Array]], variables: dict, batches: Iterable[dict]) -> Row:
@@ -211,13 +211,12 @@ def fit(
         if before // epoch_steps != epoch - 1 or number > steps:
             raise ValueError(f"{number - before} batches after step {before} go beyond its epoch, or step {steps}")
         if logged := range(before + log_steps - before % log_steps, number + 1, log_steps):
-            bad = int(state.sums["bad_step"]) or number + 1
-            figures = {name: np.atleast_1d(values) for name, values in metrics.items()}
-            for one in (one for one in logged if one < bad):
-                now = {name: float(values[one - before - 1]) for name, values in figures.items()}
+            bad, figures = jax.device_get((state.sums["bad_step"], metrics))  # at once: each read alone waits for the device
+            for one in (one for one in logged if not bad or one < bad):
+                now = {name: float(np.atleast_1d(values)[one - before - 1]) for name, values in figures.items()}
                 rows.append({"step": one, "epoch": epoch} | now)
-            if bad <= number and rows:
-                yield state, rows
+            if bad and rows:
+                yield state, rows  # what was still finite, before the error
             check_finite(state)
         if number % epoch_steps == 0 or number == steps:
             rows.append(epoch_row(state, epoch))
@@ -227,9 +226,10 @@ def fit(
 def epoch_row(state: TrainState, epoch: int) -> Row:
     """The mean training loss and accuracy since the start of `epoch`; raises NonFiniteError."""
     check_finite(state)
-    count = int(state.sums["count"])
-    row = {"step": int(state.step), "epoch": epoch, "train_loss": float(state.sums["loss"]) / count}
-    return row | {"train_accuracy": int(state.sums["correct"]) / count}
+    step, sums = jax.device_get((state.step, state.sums))
+    count = int(sums["count"])
+    row = {"step": int(step), "epoch": epoch, "train_loss": float(sums["loss"]) / count}
+    return row | {"train_accuracy": int(sums["correct"]) / count}
 
 
 def check_finite(state: TrainState) -> None:

@@ -7,8 +7,12 @@ from rotjax.errors import UsageError
 
 
 def part(variables: dict, name: str) -> dict:
-    """The subtree `name`, `'backbone'` or `'head'`, of each collection of `variables`."""
-    return {collection: tree[name] for collection, tree in variables.items() if name in tree}
+    """The subtree `name`, `'backbone'` or `'head'`, of each collection of `variables`; UsageError where none has it."""
+    found = {collection: tree[name] for collection, tree in variables.items() if name in tree}
+    if not found:
+        there = sorted({name for tree in variables.values() for name in tree})
+        raise UsageError(f"the variables have no part {name!r}; there are {', '.join(there)}")
+    return found
 
 
 def joined(parts: dict[str, dict]) -> dict:

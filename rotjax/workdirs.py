@@ -14,8 +14,8 @@ from pathlib import Path
 from rotjax.data.augmentation import STREAM
 from rotjax.data.dataset import Dataset
 from rotjax.errors import CheckpointError, DataError, UsageError, reason
+from rotjax.files import read_json, read_rows, write, write_json, writing
 from rotjax.locks import leads_to, locked
-from rotjax.manifests import read_json
 from rotjax.recipe import Recipe
 from rotjax.recipe_json import differences, from_json, to_json
 
@@ -67,8 +67,8 @@ def check_vacant(workdir: Path, recipe: Recipe) -> None:
     if "recipe.json" in names:
         saved = read_recipe(workdir)
         asked = dataclasses.replace(recipe, classes=recipe.classes or saved.classes)
-        if saved != asked:
-            raise UsageError(f"{workdir} holds another run ({differences(saved, asked)}); name another workdir")
+        if odd := differences(saved, asked):
+            raise UsageError(f"{workdir} holds another run ({odd}); name another workdir")
     elif set(names) - {".lock", "recipe.json.partial"}:
         raise UsageError(f"{workdir} is not empty and holds no run; name another workdir")
 
@@ -100,33 +100,29 @@ def claimed(workdir: Path, recipe: Recipe, data: Dataset) -> Iterator[Callable[[
         yield check
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a `metrics.jsonl`, but for one that a full disk has cut off; raises OSError or ValueError."""
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
 @contextmanager
 def metrics(workdir: Path, step: int) -> Iterator[tuple[list[dict], Callable[[dict], None]]]:
-    """The rows of `metrics.jsonl` up to `step`, and a function that appends one; later and truncated rows are dropped."""
+    """The rows of `metrics.jsonl` up to `step`, and a function that appends one.
+
+    Later and truncated rows are dropped, and the summary of a run that was complete until its last checkpoint was lost.
+    """
     path = workdir / "metrics.jsonl"
-    try:
-        rows = [row for row in (read_rows(path) if path.exists() else []) if row["step"] <= step]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); remove it, the same command resumes") from error
-    with _writing(workdir):
-        _replace(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+    rows = [row for row in (read_rows(path) if path.exists() else []) if row["step"] <= step]
+    write(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+    with writing(workdir):
+        (workdir / "summary.json").unlink(missing_ok=True)
         file = open(path, "a")  # noqa: SIM115
 
-    def write(row: dict) -> None:
+    def append(row: dict) -> None:
         if not leads_to(path, file.fileno()):  # the open file would go on taking rows that nobody finds
             raise CheckpointError(f"{path} is gone; bring {workdir} back, then the same command resumes")
-        with _writing(workdir):
+        with writing(workdir):
             print(json.dumps(row), file=file, flush=True)
 
     try:
-        yield rows, write
+        yield rows, append
     finally:
-        with _writing(workdir):  # once more what a full disk did not take
+        with writing(workdir):  # once more what a full disk did not take
             file.close()
 
 
@@ -171,20 +167,6 @@ def _watch(heard: socket.socket, event: threading.Event) -> None:
             log.warning("stopping as soon as what is under way is done and saved; a second signal stops at once")
 
 
-def write_json(path: Path, values: dict) -> None:
-    """Writes all of `values` or nothing; raises CheckpointError where it cannot."""
-    with _writing(path.parent):
-        _replace(path, json.dumps(values, indent=1) + "\n")
-
-
-@contextmanager
-def _writing(workdir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"cannot write in {workdir} ({reason(error)}); fix it, the same command resumes") from error
-
-
 def _same_data(path: Path, data: Dataset) -> None:
     """Leaves at `path` what tells `data` and its stream from others, or compares it with what is there; raises DataError."""
     facts = data.facts() | {"stream": STREAM}
@@ -202,12 +184,3 @@ def _same_data(path: Path, data: Dataset) -> None:
     if odd:
         changes = ", ".join(f"{key} {before[key]} -> {facts[key]}" for key in odd if key != "sample") or "other images"
         raise DataError(f"{path.parent} was started on other data ({changes}); bring that back, or name another workdir")
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # or after a power failure it may be the empty one that has the name
-    partial.replace(path)

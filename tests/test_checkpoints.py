@@ -18,6 +18,7 @@ import tensorstore
 
 from rotjax import checkpoints, manifests
 from rotjax.errors import CheckpointError
+from rotjax.files import digest
 from rotjax.training import TrainState
 
 
@@ -311,7 +312,7 @@ def test_C7_another_dtype_is_refused_rather_than_converted(tmp_path):
 def relist(directory, step):
     """Lists the files of a step as they are: a forger would."""
     folder = directory / str(step)
-    listed = {path: manifests.digest(folder / path) for path in manifests.files(folder)}
+    listed = {path: digest(folder / path) for path in manifests.files(folder)}
     (directory / f"{step}.json").write_text(json.dumps(listed))
 
 

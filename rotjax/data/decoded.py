@@ -15,8 +15,8 @@ import numpy as np
 
 from rotjax.data.batches import Arrays
 from rotjax.errors import DataError, InUseError, in_bytes
+from rotjax.files import digest
 from rotjax.locks import locked
-from rotjax.manifests import digest
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _write(folder: Path, image_size: int, records: Iterable[Record]) -> None:
             os.fsync(file.fileno())
         np.save(partial / "label.npy", labels, allow_pickle=False)
         digests = {name: digest(partial / name) for name in FILES}
-        about = {"count": len(labels), "image_size": image_size, "dropped": dropped, "sha256": digests}
+        about = {"count": len(labels), "dropped": dropped, "sha256": digests}
         (partial / "metadata.json").write_text(json.dumps(about, indent=1) + "\n")
         os.replace(partial, folder)
     finally:

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 
 from rotjax.errors import UsageError
-from rotjax.models.classifier import CIFAR10_MEAN, CIFAR10_STD, Classifier
+from rotjax.models.classifier import CIFAR10_MEAN, CIFAR10_STD, Classifier, held_endpoints
 from rotjax.models.densenet import DenseNet
 from rotjax.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -34,11 +34,12 @@ def create(
 ) -> Classifier:
     """The classifier `name` of `BACKBONES`; `width` is the stem's, 64 in the published networks.
 
-    Raises UsageError for a name or stem that does not exist.
+    Raises UsageError for a name, a stem or a prefix in `held` that does not exist.
     """
     if name not in BACKBONES:
         raise UsageError(f"unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
     if stem not in get_args(StemName):
         raise UsageError(f"unknown stem {stem!r}; there are {', '.join(get_args(StemName))}")
+    held_endpoints(held)
     backbone = BACKBONES[name](stem=stem, width=width, dtype=dtype)
     return Classifier(backbone, num_classes, tuple(mean), tuple(std), tuple(held), dtype)

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rotjax.errors import UsageError
+
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2023, 0.1994, 0.2010)
 STAGES = ("stem", "stage1", "stage2", "stage3", "stage4")
@@ -56,10 +58,7 @@ def symmetric_uniform(limit: float) -> nn.initializers.Initializer:
 
 
 def held_endpoints(held: tuple[str, ...]) -> tuple[str, ...]:
-    """The endpoints under the path prefixes `held`; ValueError for a prefix that is finer than a stage."""
-    if "backbone" in held:
-        return STAGES
-    named = tuple(prefix.removeprefix("backbone/") for prefix in held if prefix.startswith("backbone/"))
-    if finer := set(named) - set(STAGES):
-        raise ValueError(f"statistics are held by stage, not by {sorted(finer)}; name backbone/stem to backbone/stage4")
-    return named
+    """The endpoints under the path prefixes `held`; UsageError for a prefix of anything but the backbone or its stages."""
+    if odd := set(held) - {"backbone", *(f"backbone/{stage}" for stage in STAGES)}:
+        raise UsageError(f"statistics are held by stage, not by {sorted(odd)}; name backbone, or backbone/stem to /stage4")
+    return STAGES if "backbone" in held else tuple(prefix.removeprefix("backbone/") for prefix in held)

@@ -1,0 +1,67 @@
+"""Files that are written whole or not at all, and read without trust."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rotjax.errors import CheckpointError, reason
+
+LARGEST = 2**26  # bytes of a JSON file that is believed
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Writes all of `content` or nothing; raises CheckpointError where it cannot."""
+    partial = path.with_name(path.name + ".partial")
+    with writing(path.parent):
+        with open(partial, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # or after a power failure it may be the empty one that has the name
+        partial.replace(path)
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Writes all of `values` or nothing; raises CheckpointError where it cannot."""
+    write(path, json.dumps(values, indent=1) + "\n")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns what the system says of a block that writes in `folder` into CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot write in {folder} ({reason(error)}); fix it, the same command resumes") from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of an untrusted JSON file; raises OSError, or ValueError for malformed content."""
+    if path.stat().st_size > LARGEST:
+        raise ValueError("it is too large")
+    try:
+        return json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a `metrics.jsonl`, but for one that a full disk has cut off; raises CheckpointError for another file."""
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+            raise ValueError("it has lines that are no rows")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}); remove it, the same command resumes") from error
+    return rows
+
+
+def digest(path: Path, keep: bool = False) -> str:
+    """SHA-256 of a file; with `keep`, after syncing it to disk."""
+    with open(path, "rb") as file:
+        if keep:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
