@@ -21,8 +21,8 @@ from experiments.tables import table
 from rotjax import parallel
 from rotjax.errors import RotjaxError, UsageError, reason
 from rotjax.feed import Where
+from rotjax.files import write, write_json
 from rotjax.run import versions
-from rotjax.workdirs import write_json
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def _hosted(augment: Where) -> Row:
     return Row(f"f-{augment}", what, 2.0, True, partial(speed.pipeline_and_step, augment), gpu=True)
 
 
+LIBRARIES = ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")  # of a GPU, whose convolutions they are
 NETWORKS = {"resnet18": 2.0, "resnet50": 1.8, "resnet101": 1.8, "densenet121": 2.2}  # and the goal over the floor
 ROWS = (
     _torch("a", "resnet18", "imagenet", 1.0),
@@ -116,7 +117,7 @@ ROWS = (
         True,
     ),
 )
-SLOW = {  # of rows that miss their goal, why
+SLOW = {  # of rows that miss their goal, why, on a CPU of two cores
     "b": "120 layers of small products: what XLA does between them (concatenations, norms, their gradients) takes as long as"
     " they do.",
     "e-unthreaded": "the goal was set against Grain's default of 16 reading threads, which is slower: row e.",
@@ -147,6 +148,7 @@ def run(only: str = "", repeats: int = 5, results: command.ResultsDir = RESULTS,
     command.check_folder("results", results)
     command.check_folder("profile", profile)
     parallel.check_devices()
+    command.cache_compilations()
     if (count := jax.device_count()) > 1:
         raise UsageError(f"the peers use one device and here are {count}; set CUDA_VISIBLE_DEVICES=0 or TPU_VISIBLE_CHIPS=0")
     if profile:
@@ -155,7 +157,7 @@ def run(only: str = "", repeats: int = 5, results: command.ResultsDir = RESULTS,
             step()
         say(f"the trace of a second of train steps is in {profile}")
         return
-    failed = []
+    folder, failed = command.made(results / "benchmark" / _named(jax.devices()[0].device_kind)), []
     for row in asked:
         if row.gpu and jax.default_backend() == "cpu":
             say(f"{row.name:16} needs a GPU: {row.ratio}")
@@ -168,12 +170,10 @@ def run(only: str = "", repeats: int = 5, results: command.ResultsDir = RESULTS,
             continue
         finally:
             peers.release()
-        folder = results / "benchmark" / jax.default_backend()
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{row.name}.json", result)
         name, what, goal, here, ours, theirs = _line(row, result)
         say(f"{name:10} {here.replace('*', ''):14} (goal {goal}; {ours} / {theirs}): {what}")
-    (results / "performance.md").write_text(page(results / "benchmark"))
+    write(results / "performance.md", page(results / "benchmark"))
     say(f"\n{results / 'performance.md'}")
     if failed:
         raise RotjaxError(f"rows {', '.join(failed)} failed, for the reasons above; the others are written")
@@ -201,7 +201,7 @@ def measure(row: Row, repeats: int) -> dict:
         "ratio": statistics.median(a / b for a, b in pairs) if theirs else None,
         "ratios": [a / b for a, b in pairs] if theirs else [],
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
-        "versions": versions("rotjax", "jax", "jaxlib", "flax", "optax", "grain", "torch"),
+        "versions": versions("rotjax", "jax", "jaxlib", "flax", "optax", "grain", "torch", *LIBRARIES),
     }
 
 
@@ -212,19 +212,19 @@ def page(folder: Path) -> str:
         f"sides were measured in turns in one process. Batch {speed.BATCH} and float32 unless said."
     ]
     there: set[str] = set()
-    for backend in sorted(path for path in folder.iterdir() if path.is_dir()):
-        results = {path.stem: json.loads(path.read_text()) for path in backend.glob("*.json")}
+    for device in sorted(path for path in folder.iterdir() if path.is_dir()):
+        results = {path.stem: json.loads(path.read_text()) for path in device.glob("*.json")}
         there |= results.keys()
         facts = sorted({_facts(result) for result in results.values()})
         measured = [(row, results[row.name]) for row in ROWS if row.name in results]
         lines = [(*_line(row, result), result["versions"]["jax"]) for row, result in measured]
         parts += [
-            f"## {backend.name.upper()}",
+            f"## {device.name.upper()}",
             *facts,
             table(("row", "ratio", "goal", "here", "rotjax", "other", "jax"), lines),
         ]
         missed = [row.name for row, result in measured if result["ratio"] is not None and not row.met(result["ratio"])]
-        parts += [f"- {name}: {SLOW[name]}" for name in missed if name in SLOW]
+        parts += [f"- {name}: {SLOW[name]}" for name in missed if name in SLOW and device.name == "cpu"]
     path = folder / "tried.json"
     tried = [
         (one["change"], one["predicted"], one["outcome"], "yes" if one["kept"] else "no")
@@ -235,6 +235,11 @@ def page(folder: Path) -> str:
     if missing := [row.name for row in ROWS if row.name not in there]:
         parts.append(f"Not measured yet: {', '.join(missing)}. On a GPU, the same command measures them.")
     return "\n\n".join(parts) + "\n"
+
+
+def _named(device: str) -> str:
+    """`device` as the folder of its results is called."""
+    return "".join(c if c.isalnum() else "-" for c in device.lower())
 
 
 def _line(row: Row, result: dict) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from rotjax.workdirs import read_summary
 
 
 def epoch_and_steps() -> speed.Sides:
-    """Images/s of an epoch of 195 steps by the command's own loop, checkpoints included, and of bare steps."""
+    """Images/s of an epoch of 195 steps by the command's own loop, with checkpoints as it saves them, and of bare steps."""
     train, test = (
         {"image": speed.images(count)["image"], "label": np.full(count, -1)} for count in (195 * speed.BATCH, speed.BATCH)
     )
@@ -66,8 +66,11 @@ def starts() -> speed.Sides:
             with subprocess.Popen(words, env=env | {"XDG_CACHE_HOME": home}, stdout=subprocess.DEVNULL) as process:
                 while process.poll() is None and not (rows.exists() and rows.read_text()):
                     time.sleep(0.02)
+                seconds = time.perf_counter() - began
                 process.kill()
-            return time.perf_counter() - began
+            if not (rows.exists() and rows.read_text()):
+                raise RuntimeError(f"`{' '.join(words[1:])}` ended before its first step")
+            return seconds
 
     def first() -> float:
         with tempfile.TemporaryDirectory() as home:

@@ -14,6 +14,8 @@ from rotjax.models.classifier import CIFAR10_MEAN, CIFAR10_STD
 
 LIBRARIES = []  # of torch's operators, whose definitions live as long as they do
 
+MODES = ("default", "reduce-overhead")  # of torch.compile; the second replays CUDA graphs, else each kernel costs a launch
+
 Timed = Callable[[int], float]  # count -> seconds that so many take
 
 
@@ -45,14 +47,21 @@ def networks() -> Any:
     return torchvision.models
 
 
-def torch_step(name: str, stem: str, batch: Arrays, *, dtype: str = "float32", compiled: bool = False) -> Timed:
-    """PyTorch's train steps on a resident batch: channels_last, AdamW, eager or by `torch.compile`, autocast to `dtype`.
+def accelerator() -> str:
+    """Where PyTorch computes: a GPU if it has one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def torch_step(name: str, stem: str, batch: Arrays, *, dtype: str = "float32", mode: str | None = None) -> Timed:
+    """PyTorch's train steps on a resident batch: channels_last, AdamW, autocast to `dtype`, eager or compiled in a `mode`.
 
     Raises ImportError without torch and torchvision.
     """
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = accelerator()
     torch.backends.cudnn.benchmark = True
     model = _stemmed(getattr(networks(), name)(num_classes=4), stem)
     model = model.to(device, memory_format=torch.channels_last)
@@ -66,9 +75,11 @@ def torch_step(name: str, stem: str, batch: Arrays, *, dtype: str = "float32", c
             return torch.nn.functional.cross_entropy(model((images - mean) / std), labels)
 
     forward: Any = loss
-    if compiled:
+    if mode:
         torch._dynamo.reset()  # it knows functions by their code, and would compile for any batch size from the second on
-        forward = torch.compile(loss, dynamic=False)
+        inductor: Any = torch._inductor
+        inductor.config.force_layout_optimization = True  # or torch 2.13 lets the gradients leave channels_last
+        forward = torch.compile(loss, dynamic=False, mode=mode)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -82,7 +93,7 @@ def torch_convolutions(maps: Sequence[np.ndarray]) -> Timed:
     """PyTorch's 3x3 convolution of each `[B,H,W,C]` to as many channels, channels_last; raises ImportError without torch."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = accelerator()
     inputs = [torch.from_numpy(one).to(device).permute(0, 3, 1, 2) for one in maps]
     kernels = [
         torch.ones(channels, channels, 3, 3, device=device).to(memory_format=torch.channels_last)
@@ -100,7 +111,7 @@ def _synchronize(_: None) -> None:
     """Waits for torch's GPU, if it has one."""
     import torch
 
-    if torch.cuda.is_available():
+    if accelerator() == "cuda":
         torch.cuda.synchronize()
 
 

@@ -1,7 +1,7 @@
 """What `experiments.benchmark` measures: pairs of sides, each a function that gives one figure when it is called."""
 
 import itertools
-import math
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +12,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import rotjax
 from experiments import peers
@@ -20,6 +21,9 @@ from rotjax import training
 from rotjax.data.batches import Batches, train_picks
 from rotjax.feed import STEPS, Where, stacked
 from rotjax.optim import FROZEN
+from rotjax.parallel import data_mesh
+
+log = logging.getLogger(__name__)
 
 Side = Callable[[], float]
 Sides = tuple[Side, Side | None]  # rotjax's, and that of a peer if it is installed
@@ -56,17 +60,30 @@ def per_second(seconds: Timed, size: float) -> Side:
 
 def train_rate(name: str, stem: str, batch_size: int = BATCH, dtype: str = "float32", trainable: str = "all") -> Side:
     """Images/s of jitted steps on resident batches, one a dispatch on a CPU, else STEPS."""
-    seconds, steps, _ = _steps(name, stem, batch_size, dtype, trainable)
-    return per_second(seconds, steps * batch_size)
+    size = 1 if jax.default_backend() == "cpu" else STEPS
+    lowered, state, given = _lowered(name, stem, batch_size, dtype, trainable, size)
+    step = lowered.compile()
+
+    def dispatch() -> rotjax.TrainState:
+        nonlocal state
+        state, _ = step(state, given)
+        return state
+
+    return per_second(timed(dispatch, jax.block_until_ready), size * batch_size)
 
 
 def train_and_torch(name: str, stem: str, batch_size: int = BATCH, dtype: str = "float32", compiled: bool = False) -> Sides:
     """Images/s of rotjax's and of PyTorch's steps."""
+    modes = peers.MODES if compiled else (None,)
     try:
-        step = peers.torch_step(name, stem, images(batch_size), dtype=dtype, compiled=compiled)
+        steps = {mode: peers.torch_step(name, stem, images(batch_size), dtype=dtype, mode=mode) for mode in modes}
     except ImportError:
         return train_rate(name, stem, batch_size, dtype), None
-    return train_rate(name, stem, batch_size, dtype), per_second(step, batch_size)
+    sides = {mode: per_second(step, batch_size) for mode, step in steps.items()}
+    best = max(sides, key=lambda mode: sides[mode]()) if compiled else None
+    if compiled:
+        log.info(f"torch.compile is fastest in its mode {best!r}")
+    return train_rate(name, stem, batch_size, dtype), sides[best]
 
 
 def products_and_convolutions() -> Sides:
@@ -107,7 +124,7 @@ def pipelines(options: grain.ReadOptions | None) -> Sides:
 def pipeline_and_step(augment: Where) -> Sides:
     """Images/s that one core of the host sends to the device, made where `augment` says, as dispatches want them; and of
     steps."""
-    size, data = _dispatched(), images(10_000)
+    size, data = 1 if jax.default_backend() == "cpu" else STEPS, images(10_000)
     elements = train_picks(len(data["label"]), BATCH, 10**6, seed=0) if augment == "device" else _batches(data)
     placed = rotjax.place(stacked(rotjax.read(elements), itertools.repeat(size)), axis=1)
     return per_second(_taken(placed), size * BATCH), train_rate("resnet18", "imagenet")
@@ -120,8 +137,14 @@ def frozen_and_full() -> Sides:
 
 
 def frozen_and_full_flops() -> Sides:
-    """Floating-point operations of the two compiled steps."""
-    frozen, full = (_steps("resnet18", "imagenet", BATCH, "float32", how)[2] for how in ("last_block", "all"))
+    """Floating-point operations of the two steps, compiled for the CPU: those of a GPU's libraries count for nothing."""
+    mesh = data_mesh(jax.devices("cpu")[:1])
+
+    def operations(trainable: str) -> float:
+        lowered, _, _ = _lowered("resnet18", "imagenet", BATCH, "float32", trainable, 1, mesh)
+        return (lowered.compile().cost_analysis() or {})["flops"]
+
+    frozen, full = operations("last_block"), operations("all")
     return lambda: frozen, lambda: full
 
 
@@ -143,29 +166,16 @@ def step_and_floor(name: str) -> Sides:
     return lambda: 512 / step(), lambda: 512 * (flops * 1e9 / peak[0]() + traffic * 1e6 / peak[1]())
 
 
-def _steps(name: str, stem: str, batch_size: int, dtype: str, trainable: str) -> tuple[Timed, int, float]:
-    """Dispatches of jitted train steps on resident batches, the steps of one, and the floating-point operations of one."""
+def _lowered(
+    name: str, stem: str, batch_size: int, dtype: str, trainable: str, size: int, mesh: Mesh | None = None
+) -> tuple[jax.stages.Lowered, rotjax.TrainState, dict]:
+    """A dispatch of `size` train steps, and the state and the batches that it takes first."""
     frozen = FROZEN[trainable]
     model = rotjax.create(name, 4, stem, held=frozen, dtype=jnp.dtype(dtype))
     optimizer = rotjax.adamw(rotjax.piecewise(1e-3, [10**6]), 0.01, frozen)
-    state = rotjax.init_state(optimizer, rotjax.init_variables(model, 0, 32))
-    size = _dispatched()
-    (given,) = rotjax.place(stacked([images(batch_size)] * size, [size]), axis=1)
-    lowered = training.train_steps(model, optimizer).lower(state, given)
-    step = lowered.compile()
-    counted = step if jax.default_backend() == "cpu" else lowered  # cuDNN's calls in a compiled one count for nothing
-
-    def dispatch() -> rotjax.TrainState:
-        nonlocal state
-        state, _ = step(state, given)
-        return state
-
-    return timed(dispatch, jax.block_until_ready), size, (counted.cost_analysis() or {}).get("flops", math.nan)
-
-
-def _dispatched() -> int:
-    """Steps of a dispatch, as a command takes them."""
-    return 1 if jax.default_backend() == "cpu" else STEPS
+    state = rotjax.init_state(optimizer, rotjax.init_variables(model, 0, 32), mesh)
+    (given,) = rotjax.place(stacked([images(batch_size)] * size, [size]), mesh, axis=1)
+    return training.train_steps(model, optimizer, mesh).lower(state, given), state, given
 
 
 def _batches(data: dict[str, np.ndarray]) -> Batches:
