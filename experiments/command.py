@@ -7,6 +7,7 @@ import shutil
 import signal
 import stat
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 import rotjax
 from experiments import figures, report
-from rotjax import checkpoints, feed, parallel, presets
+from rotjax import checkpoints, feed, files, parallel, presets
 from rotjax.errors import DesertedError, RotjaxError, Stopped, UsageError, reason
 from rotjax.feed import Where
 from rotjax.recipe import NETWORK
@@ -38,6 +39,7 @@ DataDir = Annotated[Path | None, default("$TFDS_DATA_DIR, else ~/tensorflow_data
 ResultsDir = Annotated[Path, default("experiments/results of the clone, else ./results")]
 
 
+THIN = 32  # images of a batch for each device
 HOW = ("log_steps", "checkpoint_seconds", "augment", "steps_per_dispatch", "threads")  # of `rotjax.train`
 
 
@@ -108,6 +110,14 @@ def check_folder(flag: str, path: Path | None, there: bool = False) -> None:
         problem = reason(error)
     if problem:
         raise UsageError(f"--{flag}={path} is no folder ({problem}); name another")
+
+
+def made(folder: Path) -> Path:
+    """`folder`, made unless it is there; raises CheckpointError where nothing can be written in it."""
+    with files.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    return folder
 
 
 def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
@@ -185,6 +195,7 @@ def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Pla
     warn_of_idle_gpu()
     with parallel.together():
         plan = rotjax.plan(recipe, data_dir=execution.data_dir, workdir=execution.workdir, progress=decoding)
+    warn_of_thin_batches(plan.recipe.batch_size)
     cache_compilations()
     workdir = execution.workdir or Path("runs") / plan.recipe.name
     with report.Progress(plan) as progress:
@@ -233,10 +244,17 @@ def _say_once(words: str, line: str) -> None:
     warnings.showwarning = shown
 
 
+def warn_of_thin_batches(batch_size: int) -> None:
+    """Says so where GPUs or TPUs get so few images each that one alone may be as fast."""
+    if jax.default_backend() != "cpu" and (count := jax.device_count()) > 1 and (each := batch_size // count) < THIN:
+        one = "CUDA_VISIBLE_DEVICES=0 takes one of them" if jax.default_backend() == "gpu" else "or use fewer of them"
+        log.warning(f"each of {count} devices gets {each} images of a batch; raise --batch_size to use them, {one}")
+
+
 def warn_of_idle_gpu() -> None:
     """Says which extra to install where an NVIDIA GPU is there and JAX runs on the CPU."""
     if shutil.which("nvidia-smi") and jax.default_backend() == "cpu":
         log.warning("an NVIDIA GPU is here but JAX runs on the CPU; install jax[cuda12] (uv run --extra cuda12)")
 
 
-logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
+logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # of a GPU without its JAX `warn_of_idle_gpu` tells more

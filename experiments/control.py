@@ -14,15 +14,16 @@ import numpy as np
 
 import rotjax
 from experiments import command, tables
-from experiments.outcomes import RESULTS
-from experiments.peers import augmented, networks
+from experiments.outcomes import RESULTS, accuracy
+from experiments.peers import accelerator, augmented, networks
 from experiments.report import say
 from experiments.rows import Run, runs
 from rotjax.data import sources
 from rotjax.errors import DataError, UsageError
+from rotjax.files import write_json
 from rotjax.recipe import Classification, Rotation
 from rotjax.torchvision import export_weights
-from rotjax.workdirs import write_json
+from rotjax.workdirs import read_summary
 
 
 def main() -> int:
@@ -52,17 +53,17 @@ def control(
         networks()
     except ImportError as error:
         raise DataError(f"{error}; the control needs torch and torchvision") from error
+    folder = command.made(results / "controls")
     recipe = trained.recipe.resolved()
     data = sources.load(recipe.dataset, image_size=recipe.image_size, data_dir=data_dir, progress=command.decoding)
+    pretext = {"pretext": accuracy(read_summary(workdirs / trained.after.name))} if trained.after else {}
     rows, began = [], time.perf_counter()
     for row in train(trained, data, workdirs):
         rows.append(row)
         say(json.dumps(row))
-    folder = results / "controls"
-    folder.mkdir(parents=True, exist_ok=True)
     summary = {"accuracy": rows[-1]["test_accuracy"], "wall_seconds": round(time.perf_counter() - began, 1)}
     result = {"row": trained.row, "variant": trained.variant, "summary": summary, "epochs": rows}
-    write_json(folder / f"{trained.name}.json", result)
+    write_json(folder / f"{trained.name}.json", result | pretext)
     tables.write(results)
     say(f"\n{folder / trained.name}.json")
 
@@ -83,16 +84,17 @@ def train(run: Run, data: rotjax.Dataset, workdirs: Path):
 
     recipe: Any = run.recipe.resolved()
     turning, count = isinstance(recipe, Rotation), len(data.train["label"])
+    device = accelerator()
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
-    model = _model(run, 4 if turning else len(data.classes), workdirs).to(memory_format=torch.channels_last)
+    model = _model(run, 4 if turning else len(data.classes), workdirs).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, recipe.decay_epochs, 0.1)
     mean, std = (255 * np.array(values, np.float32) for values in (recipe.mean, recipe.std))
 
     def tensor(images: np.ndarray) -> Any:
         planes = np.ascontiguousarray(((images - mean) / std).transpose(0, 3, 1, 2))
-        return torch.from_numpy(planes).to(memory_format=torch.channels_last)
+        return torch.from_numpy(planes).to(device, memory_format=torch.channels_last)
 
     def test(turns: tuple[int, ...]) -> float:
         model.eval()
@@ -101,7 +103,7 @@ def train(run: Run, data: rotjax.Dataset, workdirs: Path):
             for at in range(0, len(data.test["label"]), 500):
                 images, labels = (data.test[key][at : at + 500] for key in ("image", "label"))
                 for turn in turns:
-                    predicted = model(tensor(np.rot90(images, turn, (1, 2)))).argmax(1).numpy()
+                    predicted = model(tensor(np.rot90(images, turn, (1, 2)))).argmax(1).cpu().numpy()
                     right += (predicted == (turn if turning else labels)).sum()
         return right / len(data.test["label"]) / len(turns)
 
@@ -115,7 +117,7 @@ def train(run: Run, data: rotjax.Dataset, workdirs: Path):
                 labels = rng.integers(0, 4, len(index))
                 images = np.stack([np.rot90(image, turn) for image, turn in zip(images, labels, strict=True)])
             optimizer.zero_grad()
-            logits, target = model(tensor(images)), torch.from_numpy(labels)
+            logits, target = model(tensor(images)), torch.from_numpy(labels).to(device)
             torch.nn.functional.cross_entropy(logits, target).backward()
             optimizer.step()
             correct += (logits.argmax(1) == target).sum().item()

@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 import rotjax
 from experiments import plots
 from rotjax import parallel
+from rotjax.files import read_rows
 from rotjax.planning import Plan
-from rotjax.scoring import eval_task
-from rotjax.workdirs import read_rows, read_summary
+from rotjax.workdirs import read_summary
 
 log = logging.getLogger(__name__)
 
@@ -29,17 +29,27 @@ SHOWN = 32  # images of predictions.png and of mistakes.png
 
 
 def draw(workdir: Path, plan: Plan) -> None:
-    """Draws those of `FIGURES` that the workdir of a finished run lacks; raises CheckpointError where it cannot write."""
-    run = _Run(workdir, plan)
-    missing = [name for name in FIGURES if parallel.of_primary(not (workdir / name).exists())]
+    """Draws those of `FIGURES` that the workdir of a finished run lacks, or has of an earlier end of it.
+
+    Raises CheckpointError where it cannot write.
+    """
+    run, finished = _Run(workdir, plan), workdir / "summary.json"
+    with parallel.together():
+        stale = [name for name in FIGURES if parallel.primary() and not _newer(workdir / name, finished)]
+    missing = [name for name in FIGURES if parallel.of_primary(name in stale)]
     if missing:
         log.info("drawing the figures")
     with matplotlib.style.context(["default", plots.STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a class's name, which becomes a box
         for name in missing:
-            figure = FIGURES[name](run)
-            if parallel.primary():
-                plots.save(figure, workdir / name)
+            with parallel.together():
+                figure = FIGURES[name](run)
+                if parallel.primary():
+                    plots.save(figure, workdir / name)
+
+
+def _newer(path: Path, other: Path) -> bool:
+    return path.exists() and path.stat().st_mtime >= other.stat().st_mtime
 
 
 @dataclass(frozen=True)
@@ -62,9 +72,10 @@ class _Run:
     def views(self, data: dict, epoch: int = 0) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
         """Each image of `data`, for rotations on a turn that `epoch` decides, its label, and the network's probabilities."""
         recipe = self.plan.recipe
-        task = eval_task(recipe)
         everything = slice(None)  # in each of several processes, which draw the same
-        batches = rotjax.eval_batches(data, task, recipe.batch_size, seed=recipe.seed, epoch=epoch, share=everything)
+        batches = rotjax.eval_batches(
+            data, recipe.eval_task, recipe.batch_size, seed=recipe.seed, epoch=epoch, share=everything
+        )
         with closing(rotjax.read(batches)) as reader:
             for batch in reader:
                 given = np.asarray(self.probabilities(batch["image"]))
@@ -102,7 +113,7 @@ def _confusion(run: _Run) -> Figure:
 
 def _mistakes(run: _Run) -> Figure:
     recipe, test = run.plan.recipe, run.plan.data.test
-    views = run.views(test, epoch=-(-run.plan.steps // run.plan.epoch_steps))  # the turns of the final score
+    views = run.views(test, epoch=run.plan.last_epoch)  # the turns of the final score
     numbers = itertools.count()
     wrong = (
         (given.max(), next(numbers), image.copy(), true, given.argmax())

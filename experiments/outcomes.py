@@ -1,6 +1,5 @@
 """What trained runs came to, as `experiments.reproduce` and `experiments.control` leave it among the results."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.rows import ROWS, STRONG, WHOLE
-from rotjax.workdirs import read_rows
+from rotjax.errors import CheckpointError, reason
+from rotjax.files import read_json, read_rows
 
 PROBES = ("linear", "neighbors")  # what `experiments.probe` puts on top of features
 CLONE = Path(__file__).parent / "results"
@@ -52,19 +52,25 @@ def load(folder: Path) -> list[Outcome]:
     outcomes = []
     for path in (folder / "runs").glob("*.json"):
         epochs = [row for row in read_rows(path.with_suffix(".jsonl")) if "test_accuracy" in row]
-        outcomes.append(Outcome(path.stem, **json.loads(path.read_text()), epochs=epochs))
+        outcomes.append(Outcome(path.stem, **_result(path), epochs=epochs))
     return sorted(outcomes, key=lambda one: ((*ROWS, *STRONG).index(one.row), one.variant, one.task != "rotation", one.seed))
 
 
-def controls(folder: Path) -> dict[str, float]:
-    """Test accuracy in % of each run that PyTorch has trained too, by name."""
-    paths = sorted((folder / "controls").glob("*.json"))
-    return {path.stem: accuracy(json.loads(path.read_text())["summary"]) for path in paths}
+def controls(folder: Path) -> dict[str, dict[str, Any]]:
+    """What `experiments.control` left of each run that PyTorch has trained too, by name."""
+    return {path.stem: _result(path) for path in sorted((folder / "controls").glob("*.json"))}
 
 
 def probes(folder: Path) -> list[dict[str, Any]]:
-    """What `experiments.probe` left of each run, by name."""
-    return [json.loads(path.read_text()) for path in sorted((folder / "probes").glob("*.json"))]
+    """What `experiments.probe` left of each run and data set, by name."""
+    return [_result(path) for path in sorted((folder / "probes").glob("*.json"))]
+
+
+def _result(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}); remove it, and run again what wrote it") from error
 
 
 def accuracy(summary: dict) -> float:

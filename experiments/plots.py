@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from rotjax.errors import CheckpointError, reason
+from rotjax import files
 
 BLUE, VERMILLION, INK, GREY, FAINT = "#0072b2", "#d55e00", "#222222", "#666666", "#bbbbbb"  # Okabe and Ito's, and greys
 STYLE = {
@@ -122,14 +122,10 @@ def filters(before: np.ndarray, after: np.ndarray, title: str) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     """Writes `figure` as a PNG of at most 256 colours, all of it or nothing; raises CheckpointError where it cannot."""
-    drawn = io.BytesIO()
+    drawn, reduced = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png")
-    partial = path.with_name(path.name + ".partial")
-    try:
-        Image.open(drawn).convert("RGB").quantize(256).save(partial, format="png", optimize=True)
-        partial.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written ({reason(error)}); the same command draws it again") from error
+    Image.open(drawn).convert("RGB").quantize(256).save(reduced, format="png", optimize=True)
+    files.write(path, reduced.getvalue())
 
 
 def titled(size: tuple[float, float], title: str, caption: str = "", dpi: int = 120) -> Figure:

@@ -18,9 +18,10 @@ from experiments.report import say
 from rotjax import parallel
 from rotjax.data import sources
 from rotjax.errors import DataError, UsageError
+from rotjax.files import write_json
 from rotjax.recipe import check
 from rotjax.run import versions
-from rotjax.workdirs import read_recipe, read_summary, write_json
+from rotjax.workdirs import read_recipe, read_summary
 
 
 def main() -> int:
@@ -92,12 +93,12 @@ def run(
         "versions": versions("rotjax", "jax", "scikit-learn"),
         "stages": stages,
     }
-    path = pretrained / f"probe-{data.name.replace('/', '-')}.json"
+    named = data.name.replace("/", "-")
+    path = pretrained / f"probe-{named}.json"
     write_json(path, result)
     say(f"\n{path}")
     if results:
-        (results / "probes").mkdir(exist_ok=True)
-        write_json(results / "probes" / f"{result['run']}.json", result)
+        write_json(command.made(results / "probes") / f"{result['run']}-{named}.json", result)
         tables.write(results)
         say(str(results / "README.md"))
 

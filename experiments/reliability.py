@@ -17,8 +17,8 @@ from experiments.outcomes import RESULTS
 from experiments.report import say
 from experiments.tables import table
 from rotjax.errors import DataError, UsageError, reason
+from rotjax.files import write, write_json
 from rotjax.run import versions
-from rotjax.workdirs import write_json
 
 FAULTS = Path(__file__).parents[1] / "tests" / "faults.json"
 CODE = re.compile(r"test_([A-Z]\d+)_")  # how the name of a test begins that shows a row
@@ -43,7 +43,7 @@ def run(xml: tyro.conf.Positional[tuple[Path, ...]] = (), results: command.Resul
         write_json(counts, outcome(xml))
     if not counts.is_file():
         raise UsageError(f"there is no {counts} yet; name the file that pytest --junitxml=FILE wrote")
-    to.write_text(page(json.loads(counts.read_text()), faults))
+    write(to, page(json.loads(counts.read_text()), faults))
     say(str(to))
 
 

@@ -92,7 +92,7 @@ class Progress:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.epochs = -(-plan.steps // plan.epoch_steps)
+        self.epochs = plan.last_epoch
         self.headed = False
         self.last: tuple[int, float] | None = None  # step and time of the last row
         self.speed = ""

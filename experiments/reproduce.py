@@ -14,10 +14,11 @@ from experiments.outcomes import RESULTS, accuracy
 from experiments.report import say
 from experiments.rows import Run, runs, shortened
 from rotjax.errors import UsageError
+from rotjax.files import read_rows, write_json, writing
 from rotjax.presets import Preset
 from rotjax.recipe import NETWORK, Classification
 from rotjax.recipe_json import to_json
-from rotjax.workdirs import read_recipe, read_rows, read_summary, write_json
+from rotjax.workdirs import read_recipe, read_summary
 
 EPOCH_IMAGES = {"cifar10": 50_000, "imagenette": 9_469}  # what an estimate counts with
 PICTURED = {  # what is kept of a run's figures among the results, and as what
@@ -106,25 +107,26 @@ def carry_out(run: Run, settings: Settings) -> None:
     recipe, workdir = run.recipe, settings.workdirs / run.name
     if run.after and isinstance(recipe, Classification):
         recipe = dataclasses.replace(recipe, pretrained=str(settings.workdirs / run.after.name))
+    folder = command.made(settings.results / "runs")
+    trains = "" if (workdir / "summary.json").exists() else commit()  # of code that may be another when it ends
     command.train(recipe, command.Execution(workdir=workdir, data_dir=settings.data_dir))
     result = {
         "row": run.row,
         "variant": run.variant,
         "task": run.recipe.job,
         "seed": run.recipe.seed,
-        "commit": commit(),
+        "commit": trains,
         "data_note": settings.data_note,
         "recipe": to_json(read_recipe(workdir)),
         "summary": read_summary(workdir),
     }
     if run.after:
         result["pretext"] = accuracy(read_summary(settings.workdirs / run.after.name))
-    folder = settings.results / "runs"
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(workdir / "metrics.jsonl", folder / f"{run.name}.jsonl")
-    write_json(folder / f"{run.name}.json", result)
-    for name, kept in PICTURED.get(run.name, {}).items():
-        shutil.copyfile(workdir / name, settings.results / kept)
+    with writing(settings.results):
+        shutil.copyfile(workdir / "metrics.jsonl", folder / f"{run.name}.jsonl")
+        for name, kept in PICTURED.get(run.name, {}).items():
+            shutil.copyfile(workdir / name, settings.results / kept)
+    write_json(folder / f"{run.name}.json", result)  # last: with it the run is done
     tables.write(settings.results)
 
 

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from types import MappingProxyType
 
 from experiments import command, comparison
-from experiments.outcomes import PROBES, RESULTS, Outcome, controls, load, mean, probes, subset_scores
+from experiments.outcomes import PROBES, RESULTS, Outcome, accuracy, controls, load, mean, probes, subset_scores
 from experiments.report import say
 from experiments.rows import ROWS, STRONG, SUBSETS, WHOLE, Run, runs
+from rotjax import files
 
 BEGINNINGS = {"3a": ("row 1", "64.69"), "3b": ("random weights", "40.66")}  # and the report's first epoch
 
@@ -36,15 +36,10 @@ def write(folder: Path) -> None:
     outcomes = load(folder)
     comparison.draw(folder, [one for one in outcomes if one.whole])
     pictures = [path.name for path in folder.glob("*.png")]
-    (folder / "README.md").write_text(readme(outcomes, pictures, controls(folder), probes(folder)))
+    files.write(folder / "README.md", readme(outcomes, pictures, controls(folder), probes(folder)))
 
 
-def readme(
-    outcomes: Sequence[Outcome],
-    pictures: Sequence[str] = (),
-    torch: Mapping[str, float] = MappingProxyType({}),
-    probed: Sequence[dict] = (),
-) -> str:
+def readme(outcomes: Sequence[Outcome], pictures: Sequence[str], torch: Mapping[str, dict], probed: Sequence[dict]) -> str:
     """The page about `outcomes`, with those `pictures`, and what `controls` by PyTorch and `probes` say."""
     whole = [one for one in outcomes if one.whole]
     parts = [
@@ -60,15 +55,15 @@ def readme(
         *_probes(probed, {one.name: one.score for one in whole}),
         *(f"![{caption}]({name})" for name, caption in comparison.CAPTIONS.items() if name in pictures),
         *_trials([one for one in outcomes if not one.whole]),
-        _missing({one.key for one in whole}),
+        _missing({one.name for one in whole}),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence]) -> str:
     """A table in Markdown."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+    rows = [header, ["---"] * len(header), *([str(cell).replace("|", "\\|") for cell in line] for line in lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _rows(outcomes: Sequence[Outcome]) -> list[str]:
@@ -122,10 +117,14 @@ def _data_notes(outcomes: Iterable[Outcome]) -> list[str]:
     return [f"Data: {'; '.join(notes)}."] if notes else []
 
 
-def _controls(outcomes: Sequence[Outcome], torch: Mapping[str, float]) -> list[str]:
+def _controls(outcomes: Sequence[Outcome], torch: Mapping[str, dict]) -> list[str]:
     """PyTorch's accuracy beside ours of the same row and seed: what both share is not the port's doing."""
-    ours = {one.name: one.score for one in outcomes}
-    lines = [(name, f"{ours[name]:.2f}", f"{score:.2f}") for name, score in torch.items() if name in ours]
+    lines = []
+    for one in outcomes:
+        if control := torch.get(one.name):
+            began = {f"{start:.2f}" for start in (one.pretext, control.get("pretext")) if start}
+            other = f", from networks of {' and '.join(sorted(began))}" * (len(began) > 1)
+            lines.append((one.name, f"{one.score:.2f}", f"{accuracy(control['summary']):.2f}{other}"))
     title = (
         "## Controls\n\nThe same row by PyTorch (`python -m experiments.control`), with torchvision's network, on the same "
         "data and from the same pretrained weights, if any: a difference from the report that both share is not the port's."
@@ -136,7 +135,8 @@ def _controls(outcomes: Sequence[Outcome], torch: Mapping[str, float]) -> list[s
 def _first_epochs(outcomes: Sequence[Outcome]) -> list[str]:
     lines = []
     for row, beginning in BEGINNINGS.items():
-        if first := [100 * one.epochs[0]["test_accuracy"] for one in outcomes if one.key[:2] == (row, "")]:
+        epochs = [epoch for one in outcomes if one.key[:2] == (row, "") for epoch in one.epochs]
+        if first := [100 * epoch["test_accuracy"] for epoch in epochs if epoch["epoch"] == 1]:
             lines.append((row, *beginning, mean(first)))
     title = "## The first epoch\n\nTest accuracy in % after one epoch of fine-tuning."
     return [title, table(("row", "from", "report", "rotjax"), lines)] if lines else []
@@ -163,7 +163,7 @@ def _probes(probed: Sequence[dict], scores: Mapping[str, float]) -> list[str]:
     for one in probed:
         other = " (another training than the one above)" * (scores.get(one["run"]) != one["accuracy"])
         title = (
-            f"## Features of {one['run']}{other}\n\nAccuracy in % on {one['tested_on']} of {one['dataset']}, from the mean "
+            f"## Features of {one['run']} on {one['dataset']}{other}\n\nAccuracy in % on {one['tested_on']}, from the mean "
             f"over each stage's map, by `python -m experiments.probe`:\nlogistic regression, and the "
             f"{one['neighbors']} nearest of {one['train_images']:,} images. random: random weights; trained: those of a run "
             f"with {one['accuracy']:.2f} % at its own task."
@@ -188,8 +188,8 @@ def _trials(outcomes: Sequence[Outcome]) -> list[str]:
     return [title, table(("run", "steps", "accuracy"), lines)] if lines else []
 
 
-def _missing(there: set[tuple]) -> str:
-    rows = sorted({run.row for run in runs() if (run.row, run.variant, run.recipe.job) not in there})
+def _missing(there: set[str]) -> str:
+    rows = sorted({run.row for run in runs() if run.name not in there})
     return f"Rows of which runs are missing: {', '.join(rows)}." if rows else "Every row of the report has been run."
 
 

@@ -30,9 +30,9 @@ def test_the_numbers_of_the_first_command_are_those_of_its_summary():
 
 
 def test_every_number_of_a_control_is_that_of_its_result():
-    text, scores = (ROOT / "README.md").read_text(), outcomes.controls(outcomes.RESULTS)
+    text, controls = (ROOT / "README.md").read_text(), outcomes.controls(outcomes.RESULTS)
     said = re.findall(r"([\d.]+) \(`python -m experiments.control --run=(\S+)`\)", text)
-    assert said and said == [(f"{scores[name]:.2f}", name) for _, name in said]
+    assert said and said == [(f"{outcomes.accuracy(controls[name]['summary']):.2f}", name) for _, name in said]
 
 
 def test_the_ten_lines_train_on_the_callers_own_arrays():

@@ -119,7 +119,7 @@ def test_predictions_mark_the_wrong_ones():
 
 def test_a_figure_that_cannot_be_written_is_a_line(tmp_path):
     figure = plots.confusion(np.eye(2, dtype=int), "ab", "title", "caption")
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(CheckpointError, match="cannot write in"):
         plots.save(figure, tmp_path / "missing" / "confusion.png")
 
 

@@ -66,7 +66,7 @@ def test_the_strong_rows_are_the_tasks_of_the_reports_by_the_strong_preset():
 def test_the_strong_rows_have_a_table_of_their_own():
     (result,) = (one for one in outcomes.load(outcomes.RESULTS) if (one.row, one.seed) == ("3a", 0))
     strong = dataclasses.replace(result, row="S3a", summary=result.summary | {"accuracy": 0.951})
-    page = tables.readme([result, strong])
+    page = tables.readme([result, strong], (), {}, ())
     assert page.count("| S3a |") == 1 and "| S3a | classify, all trains, from row S1 | 95.5 | **95.10** | 1 |" in page
     assert page.index("## Today's recipe") > page.index("| 3a |")
     assert "| 3a |" not in page.partition("## Today's recipe")[2].partition("##")[0]
@@ -143,7 +143,7 @@ def test_the_table_holds_the_mean_over_seeds_and_says_what_is_outside(tmp_path):
     for seed, accuracy in enumerate((0.81, 0.83)):
         (result,) = (one for one in outcomes.load(outcomes.RESULTS) if (one.row, one.seed) == ("3a", 0))
         results.append(dataclasses.replace(result, seed=seed, summary=result.summary | {"accuracy": accuracy}))
-    line = next(line for line in tables.readme(results).splitlines() if line.startswith("| 3a"))
+    line = next(line for line in tables.readme(results, (), {}, ()).splitlines() if line.startswith("| 3a"))
     assert "**82.00 ± 1.41** | 2 | -2.11 | 83.1 to 85.1, **outside**" in line
 
 
