@@ -147,6 +147,19 @@ def test_the_table_holds_the_mean_over_seeds_and_says_what_is_outside(tmp_path):
     assert "**82.00 ± 1.41** | 2 | -2.11 | 83.1 to 85.1, **outside**" in line
 
 
+def test_only_what_was_measured_is_in_the_tables():
+    (result,) = (one for one in outcomes.load(outcomes.RESULTS) if (one.row, one.seed) == ("3a", 0))
+    assert "| 3a | row 1 | 64.69 |" in tables.readme([result], (), {}, ())
+    later = dataclasses.replace(result, epochs=result.epochs[1:])  # whose first row was cut off
+    assert "| 3a | row 1 | 64.69 |" not in tables.readme([later], (), {}, ())
+    every = [dataclasses.replace(result, name=run.name) for run in runs()]
+    assert "Rows of which runs are missing: 5b.\n" in tables.readme(
+        [one for one in every if one.name[:2] != "5b"], (), {}, ()
+    )
+    assert "Every row of the report has been run.\n" in tables.readme(every, (), {}, ())
+    assert tables.table(["a"], [["b|c"]]).endswith("| b\\|c |")
+
+
 def test_the_curves_over_subsets_count_images_in_plain_numbers():
     figure = comparison.subset_curves(outcomes.load(outcomes.RESULTS))
     assert figure

@@ -77,6 +77,16 @@ def test_R5_a_finished_run_says_so_and_changes_nothing(pretrained, data, notes):
     assert before == {path: path.read_bytes() for path in pretrained.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
+def test_R5_a_finished_run_that_lost_its_newest_checkpoint_is_finished_again(data, tmp_path):
+    short = rotjax.Rotation(max_steps=2, **SMALL)
+    carry_out(short, data, tmp_path, checkpoint_seconds=0.0)
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    rows = rotjax.train(rotjax.plan(short, data=data), tmp_path, log_steps=1)
+    assert next(rows)["step"] == 2
+    assert not (tmp_path / "summary.json").exists(), "it would say of a run under way that it is complete"
+    assert list(rows)[-1]["step"] == 2 and summary(tmp_path)["resumed_from"] == 1
+
+
 def test_R3_a_stopped_run_goes_on_to_the_same_bits(pretrained, data, tmp_path):
     plan = rotjax.plan(rotjax.Rotation(**SMALL), data=data)
     with pytest.raises(Stopped, match="stopped at step . of 12.*the same command resumes"):
@@ -379,6 +389,7 @@ def test_the_mean_and_std_of_the_pixels_travel_with_the_backbone(data, tmp_path)
         (dict(subset=99), UsageError, "--subset=99 is more than the 16 images"),
         (dict(subset=2), UsageError, "batch_size=8 is larger than the training set of 6"),
         (dict(learning_rate=float("nan")), UsageError, "--learning_rate=nan"),
+        (dict(image_size=16), UsageError, "image_size=16 contradicts data of 8 px; leave it out"),
     ],
 )
 def test_C8_a_contradiction_is_refused_while_planning(pretrained, data, options, error, message):
@@ -511,6 +522,8 @@ def test_a_backbone_that_has_seen_the_validation_images_is_told(pretrained, data
 
 
 def test_C7_a_workdir_of_another_recipe_is_refused(pretrained, data):
+    listed = dict(mean=list(rotjax.models.CIFAR10_MEAN), std=list(rotjax.models.CIFAR10_STD))
+    assert carry_out(rotjax.Rotation(**SMALL, **listed), data, pretrained) == []
     with pytest.raises(UsageError, match=r"holds another run \(seed 1 -> 2\)"):
         carry_out(rotjax.Rotation(**(SMALL | {"seed": 2})), data, pretrained)
 

@@ -11,10 +11,15 @@ from rotjax.models import spatial
 
 def agree(ours, theirs, *arrays):
     """Values and gradients of both, from the same cotangent."""
-    found, backward = jax.vjp(ours, *arrays)
-    wanted, reference = jax.vjp(theirs, *arrays)
-    cotangent = np.random.default_rng(1).normal(size=wanted.shape).astype(np.float32)
-    for one, other in zip([found, *backward(cotangent)], [wanted, *reference(cotangent)], strict=True):
+    shape = jax.eval_shape(theirs, *arrays)
+    cotangent = np.random.default_rng(1).normal(size=shape.shape).astype(np.float32)
+
+    @jax.jit
+    def both(*arrays):
+        (found, backward), (wanted, reference) = jax.vjp(ours, *arrays), jax.vjp(theirs, *arrays)
+        return [found, *backward(cotangent)], [wanted, *reference(cotangent)]
+
+    for one, other in zip(*both(*arrays), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
 
 

@@ -109,8 +109,9 @@ def test_last_block_is_stage_four_and_the_head(name):
 def test_a_prefix_that_names_nothing_is_refused():
     with pytest.raises(UsageError, match="no parameters under backbone/stage7"):
         optim.labels({"backbone": {"stage1": 1.0}, "head": 1.0}, ("backbone/stage7",))
-    with pytest.raises(ValueError, match="by stage"):
-        small(held=("backbone/stage4/block1",)).init(jax.random.key(0), batch()["image"])
+    for held in ("backbone/stage4/block1", "backbone/stage7", "stage4", "head"):
+        with pytest.raises(UsageError, match="by stage"):
+            small(held=(held,))
 
 
 def test_weights_are_drawn_alike_alone_and_within_a_program_of_the_users():

@@ -26,6 +26,8 @@ def test_parts_are_joined_to_what_they_were_taken_from():
     parts = {name: rotjax.part(variables, name) for name in ("backbone", "head")}
     assert "batch_stats" not in parts["head"]
     jax.tree.map(np.testing.assert_array_equal, transfer.joined(parts), variables)
+    with pytest.raises(UsageError, match="no part 'backbones'; there are backbone, head"):
+        rotjax.part(variables, "backbones")
 
 
 def test_a_part_that_does_not_fit_is_refused_naming_the_first_difference():
