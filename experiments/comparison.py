@@ -56,8 +56,9 @@ def pretraining(outcomes: Sequence[Outcome]) -> Figure | None:
     """Accuracy over epochs of predicting rotations (rows 1, 5a, 5b and 6a)."""
     drawn = [one for one in outcomes if one.task == "rotation" and one.row in ROWS]
     keys = sorted({one.key for one in drawn}, key=lambda key: (ROWS.index(key[0]), key))
-    colours = dict(zip(keys, (plots.BLUE, plots.VERMILLION, plots.GREY, plots.INK, plots.FAINT), strict=False))
-    labels = {one.key: f"row {one.row}, {one.recipe['backbone']} on {one.recipe['dataset']}" for one in drawn}
+    colours = dict(zip(keys, (plots.BLUE, plots.VERMILLION, plots.GREEN, plots.GREY, plots.INK, plots.FAINT), strict=False))
+    what = "row {}, {backbone} on {dataset}, {image_size} px"
+    labels = {one.key: what.format(one.row, **one.recipe) for one in drawn}
     return _over_epochs("Predicting rotations", drawn, labels, colours)
 
 

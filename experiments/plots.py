@@ -11,7 +11,8 @@ from PIL import Image
 
 from rotjax import files
 
-BLUE, VERMILLION, INK, GREY, FAINT = "#0072b2", "#d55e00", "#222222", "#666666", "#bbbbbb"  # Okabe and Ito's, and greys
+BLUE, VERMILLION, GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's
+INK, GREY, FAINT = "#222222", "#666666", "#bbbbbb"
 STYLE = {
     "figure.constrained_layout.use": True,
     "figure.constrained_layout.h_pad": 0.06,
