@@ -80,8 +80,8 @@ def prepare(
     of reach or a disk too small, InUseError where another process is at it.
     """
     kind = name.partition("/")[0]
-    catalogue = tfds.builder_cls(kind)
-    folder = data_dir / name / str(catalogue.VERSION)
+    published = tfds.builder_cls(kind)
+    folder = data_dir / name / str(published.VERSION)
     if folder.exists():
         prepared.opened(folder)
         return folder
@@ -99,7 +99,7 @@ def prepare(
             for leftover in folder.parent.glob(f"incomplete.*_{folder.name}"):  # of a run that was killed
                 shutil.rmtree(leftover)
             log.info(f"preparing {name} from {file}")
-            _build(catalogue, name, file, data_dir)
+            _build(published, name, file, data_dir)
     except (tarfile.TarError, zlib.error, EOFError) as error:
         raise DataError(f"{file} cannot be unpacked ({error}); fetch {archive.url} again") from error
     except (OSError, RuntimeError) as error:  # RuntimeError is array_record's
@@ -114,13 +114,13 @@ def _check_space(data_dir: Path, needed: int) -> None:
         raise DataError(f"in {data_dir} {sizes}; make room or name another --data_dir")
 
 
-def _build(catalogue: Any, name: str, file: Path, data_dir: Path) -> None:
-    """Writes what TFDS's own class for the set, `catalogue`, would: version, features and configs are that one's."""
+def _build(published: Any, name: str, file: Path, data_dir: Path) -> None:
+    """Writes what TFDS's own class for the set, `published`, would: version, features and configs are that one's."""
     kind, _, config = name.partition("/")
 
-    class Builder(catalogue, skip_registration=True):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
+    class Builder(published, skip_registration=True):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
         name = kind
-        __module__ = catalogue.__module__  # which dataset_info.json names
+        __module__ = published.__module__  # which dataset_info.json names
         url_infos = None  # nothing is downloaded by TFDS, and to look takes importlib_resources, which it does not require
 
         def _split_generators(self, dl_manager) -> dict[str, Examples]:
