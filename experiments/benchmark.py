@@ -206,7 +206,7 @@ def measure(row: Row, repeats: int) -> dict:
 
 
 def page(folder: Path) -> str:
-    """The page about the results in `folder/<backend>`."""
+    """The page about the results in `folder/<kind of device>`."""
     parts = [
         "# Performance\n\nMade by `python -m experiments.benchmark`: each ratio is the median over repeats, in which both\n"
         f"sides were measured in turns in one process. Batch {speed.BATCH} and float32 unless said."
@@ -214,6 +214,8 @@ def page(folder: Path) -> str:
     there: set[str] = set()
     for device in sorted(path for path in folder.iterdir() if path.is_dir()):
         results = {path.stem: json.loads(path.read_text()) for path in device.glob("*.json")}
+        if not results:
+            continue
         there |= results.keys()
         facts = sorted({_facts(result) for result in results.values()})
         measured = [(row, results[row.name]) for row in ROWS if row.name in results]

@@ -5,6 +5,7 @@ rotjax and its control share comes from the data or the recipe, not from the por
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from rotjax.workdirs import read_summary
 
 def main() -> int:
     """Parses the flags and runs the control; returns the exit code."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the memory of a GPU is for torch
     return command.cli(control, "control")
 
 

@@ -51,22 +51,26 @@ def load(folder: Path) -> list[Outcome]:
     """Every outcome in `folder/runs`: in the order of rows, by variant, the pretext before what starts from it, by seed."""
     outcomes = []
     for path in (folder / "runs").glob("*.json"):
-        epochs = [row for row in read_rows(path.with_suffix(".jsonl")) if "test_accuracy" in row]
-        outcomes.append(Outcome(path.stem, **_result(path), epochs=epochs))
+        try:
+            epochs = [row for row in read_rows(path.with_suffix(".jsonl")) if "test_accuracy" in row]
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}l is missing or damaged; remove both, and run again what wrote them") from error
+        outcomes.append(Outcome(path.stem, **read_result(path), epochs=epochs))
     return sorted(outcomes, key=lambda one: ((*ROWS, *STRONG).index(one.row), one.variant, one.task != "rotation", one.seed))
 
 
 def controls(folder: Path) -> dict[str, dict[str, Any]]:
     """What `experiments.control` left of each run that PyTorch has trained too, by name."""
-    return {path.stem: _result(path) for path in sorted((folder / "controls").glob("*.json"))}
+    return {path.stem: read_result(path) for path in sorted((folder / "controls").glob("*.json"))}
 
 
 def probes(folder: Path) -> list[dict[str, Any]]:
     """What `experiments.probe` left of each run and data set, by name."""
-    return [_result(path) for path in sorted((folder / "probes").glob("*.json"))]
+    return [read_result(path) for path in sorted((folder / "probes").glob("*.json"))]
 
 
-def _result(path: Path) -> dict[str, Any]:
+def read_result(path: Path) -> dict[str, Any]:
+    """The content of a result's JSON; raises CheckpointError."""
     try:
         return read_json(path)
     except (OSError, ValueError) as error:

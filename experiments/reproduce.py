@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import command, tables
-from experiments.outcomes import RESULTS, accuracy
+from experiments.outcomes import RESULTS, accuracy, read_result
 from experiments.report import say
 from experiments.rows import Run, runs, shortened
 from rotjax.errors import UsageError
@@ -108,7 +108,8 @@ def carry_out(run: Run, settings: Settings) -> None:
     if run.after and isinstance(recipe, Classification):
         recipe = dataclasses.replace(recipe, pretrained=str(settings.workdirs / run.after.name))
     folder = command.made(settings.results / "runs")
-    trains = "" if (workdir / "summary.json").exists() else commit()  # of code that may be another when it ends
+    # That of the end may be another; of a run that an earlier call completed it is not known.
+    trains = "" if (workdir / "summary.json").exists() else commit()
     command.train(recipe, command.Execution(workdir=workdir, data_dir=settings.data_dir))
     result = {
         "row": run.row,
@@ -126,7 +127,7 @@ def carry_out(run: Run, settings: Settings) -> None:
         shutil.copyfile(workdir / "metrics.jsonl", folder / f"{run.name}.jsonl")
         for name, kept in PICTURED.get(run.name, {}).items():
             shutil.copyfile(workdir / name, settings.results / kept)
-    write_json(folder / f"{run.name}.json", result)  # last: with it the run is done
+    write_json(folder / f"{run.name}.json", result)  # last: with it the run is done, see `done`
     tables.write(settings.results)
 
 
@@ -134,6 +135,8 @@ def done(run: Run, settings: Settings) -> bool:
     """Whether `run`, by the recipe that it has now, is complete and its result among the others."""
     workdir, result = settings.workdirs / run.name, settings.results / "runs" / f"{run.name}.json"
     if not ((workdir / "summary.json").exists() and result.exists()):
+        return False
+    if read_result(result)["summary"] != read_summary(workdir):  # of another training, such as a clone comes with
         return False
     asked, trained = run.recipe.resolved(), read_recipe(workdir)
     given = {field.name for field in dataclasses.fields(asked)} - {"classes", "pretrained", *(NETWORK if run.after else ())}

@@ -4,7 +4,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 
@@ -74,16 +74,23 @@ def train_rate(name: str, stem: str, batch_size: int = BATCH, dtype: str = "floa
 
 def train_and_torch(name: str, stem: str, batch_size: int = BATCH, dtype: str = "float32", compiled: bool = False) -> Sides:
     """Images/s of rotjax's and of PyTorch's steps."""
-    modes = peers.MODES if compiled else (None,)
     try:
-        steps = {mode: peers.torch_step(name, stem, images(batch_size), dtype=dtype, mode=mode) for mode in modes}
+        theirs = _torch_rate(name, stem, batch_size, dtype, peers.MODES if compiled else (None,))
     except ImportError:
-        return train_rate(name, stem, batch_size, dtype), None
-    sides = {mode: per_second(step, batch_size) for mode, step in steps.items()}
-    best = max(sides, key=lambda mode: sides[mode]()) if compiled else None
-    if compiled:
-        log.info(f"torch.compile is fastest in its mode {best!r}")
-    return train_rate(name, stem, batch_size, dtype), sides[best]
+        theirs = None
+    peers.release()
+    return train_rate(name, stem, batch_size, dtype), theirs
+
+
+def _torch_rate(name: str, stem: str, batch_size: int, dtype: str, modes: Sequence[str | None]) -> Side:
+    """Images/s of PyTorch's steps, compiled in the fastest of `modes`."""
+    steps = {mode: peers.torch_step(name, stem, images(batch_size), dtype=dtype, mode=mode) for mode in modes}
+    rates = {mode: per_second(step, batch_size) for mode, step in steps.items()}
+    if len(modes) == 1:
+        return rates[modes[0]]
+    best = max(rates, key=lambda mode: rates[mode]())
+    log.info(f"torch.compile is fastest in its mode {best!r}")
+    return rates[best]
 
 
 def products_and_convolutions() -> Sides:

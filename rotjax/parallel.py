@@ -48,7 +48,7 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
     """Raises UsageError where the devices cannot share a batch equally."""
     if batch_size % mesh.size:
         nearest = max(1, round(batch_size / mesh.size)) * mesh.size
-        raise UsageError(f"batch_size {batch_size} cannot be shared among {mesh.size} devices; use {nearest}")
+        raise UsageError(f"--batch_size={batch_size} cannot be shared among {mesh.size} devices; use {nearest}")
 
 
 def share(batch_size: int, mesh: Mesh) -> slice:

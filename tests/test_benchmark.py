@@ -55,7 +55,9 @@ def test_without_its_peer_a_row_shows_rotjax_alone(tmp_path):
     assert (result["ours"], result["theirs"], result["ratio"]) == (5.0, None, None)
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "a.json").write_text(json.dumps(result))
-    assert "| the other side needs torch | 5 images/s |  | " in benchmark.page(tmp_path)
+    (tmp_path / "a-gpu").mkdir()  # whose rows failed
+    page = benchmark.page(tmp_path)
+    assert "| the other side needs torch | 5 images/s |  | " in page and "A-GPU" not in page
 
 
 def test_the_median_is_that_of_the_ratios_of_each_turn():

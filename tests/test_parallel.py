@@ -112,7 +112,7 @@ def test_P4_a_batch_that_devices_cannot_share_is_refused_with_the_nearest_that_t
         size = 4
 
     check_batch(128, Four)
-    with pytest.raises(UsageError, match="batch_size 126 cannot be shared among 4 devices; use 128"):
+    with pytest.raises(UsageError, match="--batch_size=126 cannot be shared among 4 devices; use 128"):
         check_batch(126, Four)
     with pytest.raises(UsageError, match="use 4"):
         check_batch(1, Four)

@@ -78,6 +78,10 @@ def test_figures_of_a_run(runs, job):
     figures.draw(workdir, this)
     assert {path: path.read_bytes() for path in workdir.glob("*.*")} == before, "drawn again, to the same bytes"
     assert all(path.stat().st_mtime_ns == then for path, then in times.items()), "what was there was left alone"
+    (workdir / "curves.png").write_bytes(b"of a summary before this one")
+    os.utime(workdir / "curves.png", ns=(0, 0))
+    figures.draw(workdir, this)
+    assert {path: path.read_bytes() for path in workdir.glob("*.*")} == before, "older than the summary: drawn anew"
 
 
 def test_a_figure_of_noise_stays_small(tmp_path):

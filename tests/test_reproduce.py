@@ -102,6 +102,10 @@ def test_one_command_runs_what_is_missing_and_then_nothing_but_not_a_changed_rec
     before = {path: path.stat().st_mtime_ns for path in small.results.rglob("*")}
     reproduce.run(small)
     assert {path: path.stat().st_mtime_ns for path in small.results.rglob("*")} == before
+    (result,) = (small.results / "runs").glob("3a-*.json")
+    result.write_text(result.read_text().replace('"accuracy": ', '"accuracy": 9'))  # of another training
+    reproduce.run(small)
+    assert outcomes.read_result(result)["summary"] == json.loads((small.workdirs / result.stem / "summary.json").read_text())
     (rotations, classes) = reproduce.runs(1, "report")
     changed = dataclasses.replace(classes, recipe=dataclasses.replace(classes.recipe, learning_rate=0.5))
     monkeypatch.setattr(reproduce, "runs", lambda seeds, preset: [rotations, changed])

@@ -56,7 +56,7 @@ def train_picks(count: int, batch_size: int, steps: int, *, seed: int, share: sl
 def check_fits(batch_size: int, count: int) -> None:
     """Raises UsageError where a batch has more images than the `count` that there are to train on."""
     if not 0 < batch_size <= count:
-        raise UsageError(f"batch_size={batch_size} is larger than the training set of {count:,} images; lower it")
+        raise UsageError(f"--batch_size={batch_size} is larger than the training set of {count:,} images; lower it")
 
 
 def eval_batches(
