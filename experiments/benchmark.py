@@ -67,7 +67,8 @@ def _hosted(augment: Where) -> Row:
     return Row(f"f-{augment}", what, 2.0, True, partial(speed.pipeline_and_step, augment), gpu=True)
 
 
-LIBRARIES = ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")  # of a GPU, whose convolutions they are
+VERSIONS = ("rotjax", "jax", "jaxlib", "flax", "optax", "grain", "torch")
+CUDNN = ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")  # whose convolutions are a GPU's
 NETWORKS = {"resnet18": 2.0, "resnet50": 1.8, "resnet101": 1.8, "densenet121": 2.2}  # and the goal over the floor
 ROWS = (
     _torch("a", "resnet18", "imagenet", 1.0),
@@ -201,7 +202,7 @@ def measure(row: Row, repeats: int) -> dict:
         "ratio": statistics.median(a / b for a, b in pairs) if theirs else None,
         "ratios": [a / b for a, b in pairs] if theirs else [],
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
-        "versions": versions("rotjax", "jax", "jaxlib", "flax", "optax", "grain", "torch", *LIBRARIES),
+        "versions": versions(*VERSIONS, *(CUDNN if jax.default_backend() == "gpu" else ())),
     }
 
 
