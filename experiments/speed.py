@@ -60,7 +60,7 @@ def per_second(seconds: Timed, size: float) -> Side:
 
 def train_rate(name: str, stem: str, batch_size: int = BATCH, dtype: str = "float32", trainable: str = "all") -> Side:
     """Images/s of jitted steps on resident batches, one a dispatch on a CPU, else STEPS."""
-    size = 1 if jax.default_backend() == "cpu" else STEPS
+    size = _dispatched()
     lowered, state, given = _lowered(name, stem, batch_size, dtype, trainable, size)
     step = lowered.compile()
 
@@ -131,7 +131,7 @@ def pipelines(options: grain.ReadOptions | None) -> Sides:
 def pipeline_and_step(augment: Where) -> Sides:
     """Images/s that one core of the host sends to the device, made where `augment` says, as dispatches want them; and of
     steps."""
-    size, data = 1 if jax.default_backend() == "cpu" else STEPS, images(10_000)
+    size, data = _dispatched(), images(10_000)
     elements = train_picks(len(data["label"]), BATCH, 10**6, seed=0) if augment == "device" else _batches(data)
     placed = rotjax.place(stacked(rotjax.read(elements), itertools.repeat(size)), axis=1)
     return per_second(_taken(placed), size * BATCH), train_rate("resnet18", "imagenet")
@@ -183,6 +183,11 @@ def _lowered(
     state = rotjax.init_state(optimizer, rotjax.init_variables(model, 0, 32), mesh)
     (given,) = rotjax.place(stacked([images(batch_size)] * size, [size]), mesh, axis=1)
     return training.train_steps(model, optimizer, mesh).lower(state, given), state, given
+
+
+def _dispatched() -> int:
+    """Steps of a dispatch, as a command takes them."""
+    return 1 if jax.default_backend() == "cpu" else STEPS
 
 
 def _batches(data: dict[str, np.ndarray]) -> Batches:

@@ -76,7 +76,7 @@ def plan(
     check(recipe)
     if data:
         if recipe.image_size not in (None, data.image_size):
-            raise UsageError(f"image_size={recipe.image_size} contradicts data of {data.image_size} px; leave it out")
+            raise UsageError(f"--image_size={recipe.image_size} contradicts data of {data.image_size} px; leave it out")
         recipe = dataclasses.replace(recipe, dataset=data.name, image_size=data.image_size)
     donor, step = None, 0
     if isinstance(recipe, Classification) and recipe.pretrained is not None:

@@ -134,7 +134,7 @@ def test_batches_of_one_dispatch_that_are_not_of_one_epoch_are_refused():
         next(rotjax.fit(step, state, [{}], steps=9, epoch_steps=3))
 
 
-WAYS = [dict(augment="device"), dict(augment="device", steps_per_dispatch=2, threads=3)]
+WAYS = [dict(augment="device"), dict(steps_per_dispatch=2), dict(augment="device", steps_per_dispatch=2, threads=3)]
 
 
 def carry_out(plan, workdir, **how):

@@ -389,7 +389,7 @@ def test_the_mean_and_std_of_the_pixels_travel_with_the_backbone(data, tmp_path)
         (dict(subset=99), UsageError, "--subset=99 is more than the 16 images"),
         (dict(subset=2), UsageError, "batch_size=8 is larger than the training set of 6"),
         (dict(learning_rate=float("nan")), UsageError, "--learning_rate=nan"),
-        (dict(image_size=16), UsageError, "image_size=16 contradicts data of 8 px; leave it out"),
+        (dict(image_size=16), UsageError, "--image_size=16 contradicts data of 8 px; leave it out"),
     ],
 )
 def test_C8_a_contradiction_is_refused_while_planning(pretrained, data, options, error, message):
