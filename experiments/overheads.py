@@ -24,7 +24,7 @@ def epoch_and_steps() -> speed.Sides:
         {"image": speed.images(count)["image"], "label": np.full(count, -1)} for count in (195 * speed.BATCH, speed.BATCH)
     )
     data = rotjax.Dataset("noise", (), train, test)
-    plan = rotjax.plan(rotjax.Rotation(stem="imagenet", epochs=1 if jax.default_backend() == "cpu" else 40), data=data)
+    plan = rotjax.plan(rotjax.Rotation(stem="imagenet", epochs=1 if jax.default_backend() == "cpu" else 20), data=data)
 
     def epoch() -> float:
         with tempfile.TemporaryDirectory() as folder:
