@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import cache, partial
 
+import jax
+
 from rotjax import training
 from rotjax.data import batches, tasks
 from rotjax.data.augmentation import eval_view
@@ -12,6 +14,8 @@ from rotjax.models import Classifier
 from rotjax.parallel import data_mesh
 from rotjax.planning import Plan
 from rotjax.recipe import Rotation
+
+BATCHES = 4  # as large as in training, that a GPU or TPU scores in one dispatch: they fit, as none is kept for gradients
 
 Score = Callable[[dict, tasks.Task, int], dict]
 
@@ -25,7 +29,9 @@ def scorer(plan: Plan, model: Classifier, feed: Feed, until: Callable[[Iterable]
 
     def score(variables: dict, task: tasks.Task, epoch: int) -> dict:
         count = len(plan.data.test["label"])
-        picks = batches.eval_picks(count, recipe.batch_size, seed=recipe.seed, epoch=epoch)
+        single = task is tasks.all_turns or jax.default_backend() == "cpu"
+        size = recipe.batch_size * (1 if single else BATCHES)
+        picks = batches.eval_picks(count, size, seed=recipe.seed, epoch=epoch)
         stream = feed.stream(picks, view(task), data)
         with closing(batches.read(stream.elements, threads=feed.threads)) as reader:
             placed = training.place(until(reader), mesh)

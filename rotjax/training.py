@@ -29,7 +29,7 @@ class TrainState:
     """Arrays only, so that saving it is saving the run.
 
     `variables` are what `model.apply` takes; `sums` are `loss`, `correct` and `count` since the epoch began, and `bad_step`,
-    the first of its steps whose loss or new variables were not finite, 0 while there is none.
+    the first of its steps whose loss was not finite, or which ended a dispatch with such variables, 0 while there is none.
     """
 
     step: jax.Array
@@ -92,7 +92,13 @@ def train_step(
     `batch` is `{'image': u8[B,H,W,3], 'label': i32[B]}`, `metrics` the `loss` and `accuracy` of this batch. Under a mesh
     of several devices batch statistics are the whole batch's.
     """
-    return jax.jit(_step(model, optimizer, loss), donate_argnums=0, out_shardings=replicated(mesh or data_mesh()))
+    step = _step(model, optimizer, loss)
+
+    def checked(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = step(state, batch)
+        return _checked(state), metrics
+
+    return jax.jit(checked, donate_argnums=0, out_shardings=replicated(mesh or data_mesh()))
 
 
 def train_steps(
@@ -110,7 +116,8 @@ def train_steps(
     unroll = 0 if jax.default_backend() == "cpu" else 1  # 0: no loop, in which a CPU's convolutions are eight times slower
 
     def steps(state: TrainState, batches: dict, data: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
-        return jax.lax.scan(lambda state, batch: step(state, make(data, batch)), state, batches, unroll=unroll)
+        state, metrics = jax.lax.scan(lambda state, batch: step(state, make(data, batch)), state, batches, unroll=unroll)
+        return _checked(state), metrics
 
     return jax.jit(steps, donate_argnums=0, out_shardings=replicated(mesh or data_mesh()))
 
@@ -130,16 +137,28 @@ def _step(model: nn.Module, optimizer: optax.GradientTransformation, loss: Loss)
         updates, opt_state = optimizer.update(gradients, state.opt_state, params)
         variables = state.variables | updated | {"params": optax.apply_updates(params, updates)}
         count = len(batch["label"])
-        bad = ~(jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(variables)))  # of gradients: those of the frozen cost
         sums = {
             "loss": state.sums["loss"] + value * count,
             "correct": state.sums["correct"] + correct,
             "count": state.sums["count"] + count,
-            "bad_step": jnp.where(bad & (state.sums["bad_step"] == 0), state.step + 1, state.sums["bad_step"]),
+            "bad_step": state.sums["bad_step"],
         }
-        return TrainState(state.step + 1, variables, opt_state, sums), {"loss": value, "accuracy": correct / count}
+        state = TrainState(state.step + 1, variables, opt_state, sums)
+        return _marked(state, jnp.isfinite(value)), {"loss": value, "accuracy": correct / count}
 
     return step
+
+
+def _checked(state: TrainState) -> TrainState:
+    """`state`, marked if its variables are not finite: once a dispatch, for it takes a GPU two kernels an array, a fifth of
+    a step's; within a dispatch the next loss is not finite either."""
+    return _marked(state, jnp.isfinite(optax.tree.norm(state.variables)))
+
+
+def _marked(state: TrainState, finite: jax.Array) -> TrainState:
+    """`state` with its step as the bad one, unless it is `finite` or an earlier one was."""
+    before = state.sums["bad_step"]
+    return dataclasses.replace(state, sums=state.sums | {"bad_step": jnp.where(finite | (before > 0), before, state.step)})
 
 
 def eval_step(model: nn.Module, mesh: Mesh | None = None, make: Make = sent) -> jax.stages.Wrapped:

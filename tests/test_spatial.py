@@ -1,4 +1,4 @@
-"""The forms that convolutions and max-pooling take on CPUs are those of XLA and Flax, and so are their gradients."""
+"""The forms that layers take on a platform compute what XLA's and Flax's own do, and so do their gradients."""
 
 import flax.linen as nn
 import jax
@@ -44,3 +44,18 @@ def test_convolution(size, window, stride):
 def test_max_pool_and_its_ties(size):
     images = np.random.default_rng(size).normal(size=(3, size, size, 4)).round().clip(0).astype(np.float32)
     agree(spatial.max_pool, lambda x: nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))), images)
+
+
+def test_batch_statistics_in_one_pass_are_those_in_two(monkeypatch):
+    """Of maps whose mean is three times their deviation."""
+    images = np.random.default_rng(0).normal(3, 1, (8, 5, 5, 6)).astype(np.float32)
+    in_two = spatial.batch_norm(train=True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    in_one = spatial.batch_norm(train=True)
+    assert in_one.use_fast_variance and not in_two.use_fast_variance
+    variables = in_two.init(jax.random.key(0), images)
+
+    def normed(norm):
+        return lambda images: norm.apply(variables, images, mutable=["batch_stats"])[0]
+
+    agree(normed(in_one), normed(in_two), images)
