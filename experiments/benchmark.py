@@ -118,13 +118,24 @@ ROWS = (
         True,
     ),
 )
-SLOW = {  # of rows that miss their goal, why, on a CPU of two cores
-    "b": "120 layers of small products: what XLA does between them (concatenations, norms, their gradients) takes as long as"
-    " they do.",
-    "e-unthreaded": "the goal was set against Grain's default of 16 reading threads, which is slower: row e.",
-    "c": "a step of nothing but XLA's matrix products would just reach the goal (row c-products). On maps of 64 channels at"
-    " 32 px patches and Winograd's transforms move too much memory to be faster than XLA's own convolutions.",
-    "j": "imports and tracing are not cached.",
+SLOW = {  # of rows that miss their goal, why
+    "cpu": {
+        "b": "120 layers of small products: what XLA does between them (concatenations, norms, their gradients) takes as"
+        " long as they do.",
+        "e-unthreaded": "the goal was set against Grain's default of 16 reading threads, which is slower: row e.",
+        "c": "a step of nothing but XLA's matrix products would just reach the goal (row c-products). On maps of 64 channels"
+        " at 32 px patches and Winograd's transforms move too much memory to be faster than XLA's own convolutions.",
+        "j": "imports and tracing are not cached.",
+    },
+    "gpu": {
+        "f-host": "one core makes crops and turns not much faster than they are trained on; a GPU makes them itself by"
+        " default (row f-device).",
+        "l-resnet18-128": "a step of few images is hundreds of small kernels, one after the other. PyTorch replays the"
+        " forward and the backward ones as CUDA graphs; XLA's graphs end at each convolution.",
+        "l-resnet18-512": "the same, at a batch where it matters less.",
+        "m": "most of it are steps of 128 small images, as in row l-resnet18-128; the rest is decoding, compiling, tests and"
+        " figures.",
+    },
 }
 
 
@@ -227,13 +238,14 @@ def page(folder: Path) -> str:
             table(("row", "ratio", "goal", "here", "rotjax", "other", "jax"), lines),
         ]
         missed = [row.name for row, result in measured if result["ratio"] is not None and not row.met(result["ratio"])]
-        parts += [f"- {name}: {SLOW[name]}" for name in missed if name in SLOW and device.name == "cpu"]
+        reasons = SLOW["cpu" if device.name == "cpu" else "gpu"]
+        parts += [f"- {name}: {reasons[name]}" for name in missed if name in reasons]
     path = folder / "tried.json"
     tried = [
         (one["change"], one["predicted"], one["outcome"], "yes" if one["kept"] else "no")
         for one in (json.loads(path.read_text()) if path.exists() else [])
     ]
-    heading = "## What was tried\n\nOn two CPU cores."
+    heading = "## What was tried\n\nOn two CPU cores, unless said."
     parts += [heading, table(("change", "predicted", "outcome", "kept"), tried)] if tried else []
     if missing := [row.name for row in ROWS if row.name not in there]:
         parts.append(f"Not measured yet: {', '.join(missing)}. On a GPU, the same command measures them.")

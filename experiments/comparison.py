@@ -54,7 +54,8 @@ def subset_curves(outcomes: Sequence[Outcome]) -> Figure | None:
 
 def pretraining(outcomes: Sequence[Outcome]) -> Figure | None:
     """Accuracy over epochs of predicting rotations (rows 1, 5a, 5b and 6a)."""
-    drawn = [one for one in outcomes if one.task == "rotation" and one.row in ROWS]
+    other = [one for one in outcomes if one.row == "6a" and one.variant]  # sizes and lengths: nearly one curve
+    drawn = [one for one in outcomes if one.task == "rotation" and one.row in ROWS and one not in other]
     keys = sorted({one.key for one in drawn}, key=lambda key: (ROWS.index(key[0]), key))
     colours = dict(zip(keys, (plots.BLUE, plots.VERMILLION, plots.GREEN, plots.GREY, plots.INK, plots.FAINT), strict=False))
     what = "row {}, {backbone} on {dataset}, {image_size} px"
@@ -103,14 +104,14 @@ def _over_epochs(
     axes = figure.subplots()
     for one in drawn:
         for split, line in (("test", "-"), ("train", "--")):
-            name = None if (one.key, split) in named else f"{labels[one.key]}, {split}"
-            named.add((one.key, split))
+            name = None if split == "train" or one.key in named else labels[one.key]
+            named.add(one.key)
             values = [100 * epoch[f"{split}_accuracy"] for epoch in one.epochs]
             epochs = [epoch["epoch"] for epoch in one.epochs]
             axes.plot(epochs, values, line, color=colours[one.key], marker="o", markersize=3, label=name)
     if not axes.lines:
         return None
-    axes.set(xlabel="epoch", ylabel="accuracy in %")
+    axes.set(xlabel="epoch", ylabel="accuracy in %, dashed: in training")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return figure

@@ -45,7 +45,8 @@ def readme(outcomes: Sequence[Outcome], pictures: Sequence[str], torch: Mapping[
     parts = [
         "# Results\n\nMade by `python -m experiments.reproduce`; again from `runs/` by `python -m experiments.tables`.\n"
         "Test accuracy in % after the last epoch, the mean over seeds and, from two on, their standard deviation.\n"
-        "Rotations are scored on all four turns of every test image. The report's are single runs.",
+        "Rotations are scored on all four turns of every test image. The report's are single runs.\n"
+        "Minutes count waiting, too, where runs shared a machine.",
         *_rows([one for one in whole if one.row in ROWS]),
         *_strong([one for one in whole if one.row in STRONG]),
         *_data_notes(whole),
@@ -76,7 +77,7 @@ def _rows(outcomes: Sequence[Outcome]) -> list[str]:
 def _line(group: Sequence[Outcome], run: Run | None) -> tuple:
     one, scores = group[0], [outcome.score for outcome in group]
     published, band = (run.published, run.band) if run else (None, None)
-    score = statistics.mean(scores)
+    score, devices = statistics.mean(scores), list(dict.fromkeys(one.summary["device"] for one in group))
     inside = "" if not band else f"{band[0]:.1f} to {band[1]:.1f}" + ("" if band[0] <= score <= band[1] else ", **outside**")
     return (
         one.row,
@@ -87,8 +88,8 @@ def _line(group: Sequence[Outcome], run: Run | None) -> tuple:
         len(scores),
         f"{score - published:+.2f}" if published else "",
         inside,
-        one.summary["device"],
-        _minutes(group),
+        "; ".join(devices),
+        "; ".join(_minutes([one for one in group if one.summary["device"] == device]) for device in devices),
         f"`--only={one.row}`",
     )
 
