@@ -109,6 +109,14 @@ ROWS = (
     *(_floor(network, goal) for network, goal in NETWORKS.items()),
     *(_compiled(network, batch_size) for network in NETWORKS for batch_size in (128, 512)),
     Row(
+        "l-graphs",
+        "train steps, resnet18, imagenet stem: whole dispatches as CUDA graphs / graphs as XLA makes them by default",
+        1.0,
+        True,
+        speed.graphs_and_default,
+        gpu=True,
+    ),
+    Row(
         "m",
         "row 1 of the report, 45 epochs, from the shell to its summary / one second",
         40.0,

@@ -37,6 +37,10 @@ COUNTS = {  # training GFLOPs and, in bfloat16, MB of memory traffic an image, c
     "densenet121": (5.33, 146.0),
 }
 
+GRAPHED = (  # what a CUDA graph may hold: the default of jax 0.11, and the last two
+    "FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "CONDITIONAL", "DYNAMIC_SLICE_FUSION", "CONVOLUTION", "WHILE",
+)  # fmt: skip
+
 
 def images(count: int) -> dict[str, np.ndarray]:
     """Noise at 32 px, with labels from 0 to 3."""
@@ -58,11 +62,18 @@ def per_second(seconds: Timed, size: float) -> Side:
     return side
 
 
-def train_rate(name: str, stem: str, batch_size: int = BATCH, dtype: str = "float32", trainable: str = "all") -> Side:
-    """Images/s of jitted steps on resident batches, one a dispatch on a CPU, else STEPS."""
+def train_rate(
+    name: str,
+    stem: str,
+    batch_size: int = BATCH,
+    dtype: str = "float32",
+    trainable: str = "all",
+    options: dict[str, str] | None = None,
+) -> Side:
+    """Images/s of jitted steps on resident batches, one a dispatch on a CPU, else STEPS; with the compiler's `options`."""
     size = _dispatched()
     lowered, state, given = _lowered(name, stem, batch_size, dtype, trainable, size)
-    step = lowered.compile()
+    step = lowered.compile(compiler_options=options)
 
     def dispatch() -> rotjax.TrainState:
         nonlocal state
@@ -153,6 +164,12 @@ def frozen_and_full_flops() -> Sides:
 
     frozen, full = operations("last_block"), operations("all")
     return lambda: frozen, lambda: full
+
+
+def graphs_and_default() -> Sides:
+    """Images/s of dispatches that XLA makes one CUDA graph each, and of its default: graphs that end at convolutions."""
+    train = partial(train_rate, "resnet18", "imagenet")
+    return train(options={"xla_gpu_enable_command_buffer": ",".join(GRAPHED)}), train()
 
 
 def evaluation_and_training() -> Sides:

@@ -3,6 +3,7 @@
 import io
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from rotjax.errors import DataError
 log = logging.getLogger(__name__)
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # that an image of TFDS may be encoded in
+
+CHUNK = 256  # records that are read at once
 
 TENTH = 0.1  # of a set without a split to test on
 Builder = Any  # tfds.core.DatasetBuilder, whose annotations do not know what kind of features it has
@@ -120,15 +123,15 @@ def _records(
     """Pixels u8 `[H,H,3]` and label of each record; raises DataError for the first that is damaged."""
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     source = builder.as_data_source(split, deserialize_method=raw, file_format="array_record")
+    order, read = range(len(source)), _in_chunks(source)
     keys = ("image", "label") if classes else ("image",)
     features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in keys})
-    order = range(len(source))
     if tenth_last:
         label = tfds.features.FeaturesDict({"label": features["label"]}) if classes else None
-        labels = [_record(builder, split, source, label, index)["label"] if label else -1 for index in order]
+        labels = [_record(builder, split, read, label, index)["label"] if label else -1 for index in order]
         order = np.argsort(held_out(np.array(labels), TENTH), kind="stable").tolist()
     for index in progress(order):
-        record = _record(builder, split, source, features, index, image_size)
+        record = _record(builder, split, read, features, index, image_size)
         label = record["label"] if classes else -1
         if classes and not 0 <= label < classes:
             where = f"record {index} of {split} in {builder.data_path}"
@@ -136,12 +139,30 @@ def _records(
         yield record["image"], label
 
 
-def _record(builder: Builder, split: str, source: Any, features: Any, index: int, image_size: int = 0) -> dict[str, Any]:
+def _in_chunks(source: Any) -> Callable[[int], bytes]:
+    """`source.__getitem__` for indices that go up: a record alone takes as long to read as an image to decode."""
+
+    @lru_cache(maxsize=1)
+    def chunk(number: int) -> list[bytes]:
+        return source.__getitems__(range(number * CHUNK, min((number + 1) * CHUNK, len(source))))
+
+    def read(index: int) -> bytes:
+        try:
+            return chunk(index // CHUNK)[index % CHUNK]
+        except Exception:  # of any record of the chunk: alone, only the damaged one fails
+            return source[index]
+
+    return read
+
+
+def _record(
+    builder: Builder, split: str, read: Callable[[int], bytes], features: Any, index: int, image_size: int = 0
+) -> dict[str, Any]:
     """The `features` of a record, an image as pixels; raises DataError where they are damaged."""
     # Decoded by Pillow whatever TFDS finds installed: OpenCV gives other pixels for the same JPEG.
     decoders: Any = {"image": tfds.decode.SkipDecoding()} if "image" in features else None
     try:
-        record: Any = features.deserialize_example_np(source[index], decoders=decoders)
+        record: Any = features.deserialize_example_np(read(index), decoders=decoders)
         if "image" in features:
             with Image.open(io.BytesIO(record["image"]), formats=FORMATS) as image:
                 record["image"] = square(image, image_size)
