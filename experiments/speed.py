@@ -68,7 +68,7 @@ def train_rate(
     batch_size: int = BATCH,
     dtype: str = "float32",
     trainable: str = "all",
-    options: dict[str, str] | None = None,
+    options: dict[str, str | bool] | None = None,
 ) -> Side:
     """Images/s of jitted steps on resident batches, one a dispatch on a CPU, else STEPS; with the compiler's `options`."""
     size = _dispatched()
