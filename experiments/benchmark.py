@@ -15,7 +15,7 @@ import grain
 import jax
 
 from experiments import command, overheads, peers, speed
-from experiments.outcomes import RESULTS
+from experiments.outcomes import RESULTS, commit
 from experiments.report import complain, say
 from experiments.tables import table
 from rotjax import parallel
@@ -126,7 +126,7 @@ ROWS = (
         True,
     ),
 )
-SLOW = {  # of rows that miss their goal, why
+SLOW = {  # of rows that miss their goal, why, by the maker of the device
     "cpu": {
         "b": "120 layers of small products: what XLA does between them (concatenations, norms, their gradients) takes as"
         " long as they do.",
@@ -135,7 +135,7 @@ SLOW = {  # of rows that miss their goal, why
         " at 32 px patches and Winograd's transforms move too much memory to be faster than XLA's own convolutions.",
         "j": "imports and tracing are not cached.",
     },
-    "gpu": {
+    "nvidia": {
         "f-host": "one core makes crops and turns not much faster than they are trained on; a GPU makes them itself by"
         " default (row f-device).",
         "l-resnet18-128": "a step of few images is hundreds of small kernels, one after the other. PyTorch replays the"
@@ -220,6 +220,7 @@ def measure(row: Row, repeats: int) -> dict:
         "theirs": statistics.median(b for _, b in pairs) if theirs else None,
         "ratio": statistics.median(a / b for a, b in pairs) if theirs else None,
         "ratios": [a / b for a, b in pairs] if theirs else [],
+        "commit": commit(),
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
         "versions": versions(*VERSIONS, *(CUDNN if jax.default_backend() == "gpu" else ())),
     }
@@ -239,14 +240,14 @@ def page(folder: Path) -> str:
         there |= results.keys()
         facts = sorted({_facts(result) for result in results.values()})
         measured = [(row, results[row.name]) for row in ROWS if row.name in results]
-        lines = [(*_line(row, result), result["versions"]["jax"]) for row, result in measured]
+        lines = [(*_line(row, result), result["versions"]["jax"], result.get("commit", "")) for row, result in measured]
         parts += [
             f"## {device.name.upper()}",
             *facts,
-            table(("row", "ratio", "goal", "here", "rotjax", "other", "jax"), lines),
+            table(("row", "ratio", "goal", "here", "rotjax", "other", "jax", "commit"), lines),
         ]
         missed = [row.name for row, result in measured if result["ratio"] is not None and not row.met(result["ratio"])]
-        reasons = SLOW["cpu" if device.name == "cpu" else "gpu"]
+        reasons = SLOW.get(device.name.partition("-")[0], {})
         parts += [f"- {name}: {reasons[name]}" for name in missed if name in reasons]
     path = folder / "tried.json"
     tried = [

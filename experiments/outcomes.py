@@ -1,6 +1,7 @@
 """What trained runs came to, as `experiments.reproduce` and `experiments.control` leave it among the results."""
 
 import statistics
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,3 +93,12 @@ def subset_scores(outcomes: Sequence[Outcome], kind: str, whole: str, count: int
     """Accuracies of row 4's `kind` at `count` images per class; at all of them, those of the row `whole`."""
     key = (whole, "") if count == WHOLE else ("4", f"{kind}-{count}")
     return [one.score for one in outcomes if one.key[:2] == key]
+
+
+def commit() -> str:
+    """The commit of the code that runs, with `+` where files differ from it; empty outside a clone."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

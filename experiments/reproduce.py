@@ -3,14 +3,13 @@
 import dataclasses
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import command, tables
-from experiments.outcomes import RESULTS, accuracy, read_result
+from experiments.outcomes import RESULTS, accuracy, commit, read_result
 from experiments.report import say
 from experiments.rows import Run, runs, shortened
 from rotjax.errors import UsageError
@@ -178,15 +177,6 @@ def cost(run: Run) -> float:
     size = run.recipe.resolved().image_size / 32 * (4 if network.stem == "cifar" else 1)  # of maps after the stem
     frozen = 0.5 if run.recipe.frozen else 1.0
     return COST[network.backbone] * size**2 * frozen
-
-
-def commit() -> str:
-    """The commit of the code that runs, with `+` where files differ from it; empty outside a clone."""
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 if __name__ == "__main__":

@@ -68,20 +68,19 @@ def _resnet18(seed: int) -> list[Run]:
 
 
 def _imagenette() -> list[Run]:
-    def at(size, **longer):  # which the report does not say
-        return f"predict the rotation of ImageNette, {size} px", Rotation(dataset="imagenette", image_size=size, **longer)
+    def at(size: int, **recipe) -> Rotation:  # a size that the report does not say
+        return Rotation(dataset="imagenette", image_size=size, **recipe)
 
-    what = "classify CIFAR-10, all trains, from row 6a"
-    rotations = Run("6a", *at(64), published=59.72, band=(58.0, 66.0))
-    larger = Run("6a", *at(160), variant="160px")
-    described, recipe = at(32, epochs=180, decay_epochs=60)
+    what, from_it = "predict the rotation of ImageNette", "classify CIFAR-10, all trains, from row 6a"
+    rotations = Run("6a", f"{what}, 64 px", at(64), published=59.72, band=(58.0, 66.0))
+    larger, longer = Run("6a", f"{what}, 160 px", at(160), variant="160px"), at(32, epochs=180, decay_epochs=60)
     return [
         rotations,
-        Run("6b", what, Classification(), rotations, published=81.97, band=(80.8, 83.2)),
+        Run("6b", from_it, Classification(), rotations, published=81.97, band=(80.8, 83.2)),
         larger,
-        Run("6b", f"{what}, 160 px", Classification(), larger, "160px"),
-        Run("6a", *at(32), variant="32px"),
-        Run("6a", f"{described}, four times the epochs", recipe, variant="32px-180epochs"),
+        Run("6b", f"{from_it} at 160 px", Classification(), larger, "160px"),
+        Run("6a", f"{what}, 32 px", at(32), variant="32px"),
+        Run("6a", f"{what}, 32 px, four times the epochs", longer, variant="32px-180epochs"),
     ]
 
 

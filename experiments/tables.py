@@ -2,6 +2,7 @@
 
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -77,7 +78,7 @@ def _rows(outcomes: Sequence[Outcome]) -> list[str]:
 def _line(group: Sequence[Outcome], run: Run | None) -> tuple:
     one, scores = group[0], [outcome.score for outcome in group]
     published, band = (run.published, run.band) if run else (None, None)
-    score, devices = statistics.mean(scores), list(dict.fromkeys(one.summary["device"] for one in group))
+    score = statistics.mean(scores)
     inside = "" if not band else f"{band[0]:.1f} to {band[1]:.1f}" + ("" if band[0] <= score <= band[1] else ", **outside**")
     return (
         one.row,
@@ -88,10 +89,20 @@ def _line(group: Sequence[Outcome], run: Run | None) -> tuple:
         len(scores),
         f"{score - published:+.2f}" if published else "",
         inside,
-        "; ".join(devices),
-        "; ".join(_minutes([one for one in group if one.summary["device"] == device]) for device in devices),
+        *_where(group),
         f"`--only={one.row}`",
     )
+
+
+def _where(group: Sequence[Outcome]) -> tuple[str, str]:
+    """The devices of the runs of `group`, with how many ran on each if there are several; the minutes on each."""
+    by_device = {
+        device: [one for one in group if one.summary["device"] == device]
+        for device in dict.fromkeys(one.summary["device"] for one in group)
+    }
+    several = len(by_device) > 1
+    devices = (f"{device} ({len(ran)})" if several else device for device, ran in by_device.items())
+    return "; ".join(devices), "; ".join(map(_minutes, by_device.values()))
 
 
 def _minutes(group: Sequence[Outcome]) -> str:
@@ -105,7 +116,7 @@ def _strong(outcomes: Sequence[Outcome]) -> list[str]:
     for row, group in groupby(outcomes, lambda one: one.row):
         same = list(group)
         score, goal = mean([one.score for one in same]), f"{known[row].goal:.1f}"
-        lines.append((row, known[row].what, goal, f"**{score}**", len(same), same[0].summary["device"], _minutes(same)))
+        lines.append((row, known[row].what, goal, f"**{score}**", len(same), *_where(same)))
     title = (
         "## Today's recipe\n\nThe tasks of rows 1 to 3b by `python -m experiments.reproduce --preset=strong`: ResNet18\n"
         "with the 3x3 stem, SGD along a cosine, rotations in all four turns a step; the goals are rotjax's own."
@@ -152,9 +163,9 @@ def _subsets(outcomes: Sequence[Outcome]) -> list[str]:
         if any(scores):
             lines.append((count, *(mean(s) if s else "" for s in scores)))
     title = "## Few labels (row 4)\n\nTest accuracy in %, by training images per class; the mean over draws."
-    title += " 5000 are all: rows 2a, 3a and 3b."
+    title += " 5000 are all: rows 2a and 3a,\neach seed from its own row 1, and row 3b."
     if began := ", ".join(sorted({f"{one.pretext:.2f}" for one in outcomes if one.row == "4" and one.pretext})):
-        title += f"\nfrozen and full start from a network that predicts {began} % of the rotations."
+        title += f" Below, frozen and full start from a network that predicts {began} % of the rotations."
     return [title, table(("images per class", *comparison.CURVES), lines)]
 
 
@@ -190,8 +201,9 @@ def _trials(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def _missing(there: set[str]) -> str:
-    rows = sorted({run.row for run in runs() if run.name not in there})
-    return f"Rows of which runs are missing: {', '.join(rows)}." if rows else "Every row of the report has been run."
+    missing = Counter(run.row for run in runs() if run.name not in there)
+    rows = (f"{count} of {row}" for row, count in sorted(missing.items()))
+    return f"Runs that are missing: {', '.join(rows)}." if missing else "Every row of the report has been run."
 
 
 if __name__ == "__main__":

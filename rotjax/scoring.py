@@ -15,7 +15,7 @@ from rotjax.parallel import data_mesh
 from rotjax.planning import Plan
 from rotjax.recipe import Rotation
 
-BATCHES = 4  # as large as in training, that a GPU or TPU scores in one dispatch: they fit, as none is kept for gradients
+TOGETHER = 4  # batches of a GPU or TPU that are scored at once, where training keeps one for its gradients: they fit
 
 Score = Callable[[dict, tasks.Task, int], dict]
 
@@ -29,8 +29,8 @@ def scorer(plan: Plan, model: Classifier, feed: Feed, until: Callable[[Iterable]
 
     def score(variables: dict, task: tasks.Task, epoch: int) -> dict:
         count = len(plan.data.test["label"])
-        single = task is tasks.all_turns or jax.default_backend() == "cpu"
-        size = recipe.batch_size * (1 if single else BATCHES)
+        alone = task is tasks.all_turns or recipe.frozen or jax.default_backend() == "cpu"
+        size = recipe.batch_size * (1 if alone else min(TOGETHER, -(-count // recipe.batch_size)))
         picks = batches.eval_picks(count, size, seed=recipe.seed, epoch=epoch)
         stream = feed.stream(picks, view(task), data)
         with closing(batches.read(stream.elements, threads=feed.threads)) as reader:

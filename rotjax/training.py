@@ -29,7 +29,7 @@ class TrainState:
     """Arrays only, so that saving it is saving the run.
 
     `variables` are what `model.apply` takes; `sums` are `loss`, `correct` and `count` since the epoch began, and `bad_step`,
-    the first of its steps whose loss was not finite, or which ended a dispatch with such variables, 0 while there is none.
+    the first of its steps whose loss was not finite, or which ended a dispatch with variables that were not; 0: none.
     """
 
     step: jax.Array
@@ -150,8 +150,11 @@ def _step(model: nn.Module, optimizer: optax.GradientTransformation, loss: Loss)
 
 
 def _checked(state: TrainState) -> TrainState:
-    """`state`, marked if its variables are not finite: once a dispatch, for it takes a GPU two kernels an array, a fifth of
-    a step's; within a dispatch the next loss is not finite either."""
+    """`state`, marked if its variables are not finite.
+
+    Once a dispatch: in every step it would be a fifth of the kernels that a GPU starts. Parameters that are not finite spoil
+    the next loss anyway.
+    """
     return _marked(state, jnp.isfinite(optax.tree.norm(state.variables)))
 
 
@@ -252,7 +255,7 @@ def epoch_row(state: TrainState, epoch: int) -> Row:
 
 
 def check_finite(state: TrainState) -> None:
-    """Raises NonFiniteError naming the first step of this epoch whose loss or new variables were not finite."""
+    """Raises NonFiniteError naming `bad_step`, the step of this epoch by which the loss or the variables were not finite."""
     if bad := int(state.sums["bad_step"]):
         raise NonFiniteError(f"the loss or the network is not finite at step {bad}; lower the learning rate")
 

@@ -12,7 +12,7 @@ import pytest
 
 import rotjax
 from rotjax import feed as feeds
-from rotjax import optim, training
+from rotjax import optim, scoring, training
 from rotjax.data import tasks
 from rotjax.errors import NonFiniteError, Stopped, UsageError
 from rotjax.parallel import data_mesh
@@ -66,6 +66,25 @@ def test_a_test_batch_made_on_the_device_is_that_of_the_host_to_the_byte(plan, t
 def elsewhere(monkeypatch):
     """From its call on, what a GPU or TPU is given: a loop over the steps, and XLA's own convolutions."""
     return lambda: monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def test_an_accelerator_scores_several_batches_at_once(plan, elsewhere):
+    recipe = dataclasses.replace(plan.recipe, batch_size=2)
+    model, sizes = recipe.model(), []
+
+    def seen(picks):
+        for pick in picks:
+            sizes.append(len(pick["index"]))
+            yield pick
+
+    score = scoring.scorer(dataclasses.replace(plan, recipe=recipe), model, DEVICE, seen)
+    variables = rotjax.init_variables(model, 0, 8)
+    known = score(variables, tasks.random_turn, 3)
+    elsewhere()
+    found, every = (score(variables, task, 3) for task in (tasks.random_turn, tasks.all_turns))
+    assert sizes == [2] * 6 + [8] * 2 + [2] * 6, "four times as many; as many where each image has four turns"
+    np.testing.assert_array_equal(known.pop("confusion"), found.pop("confusion"))
+    assert known == pytest.approx(found) and every["confusion"].sum() == 4 * 11
 
 
 def test_steps_of_one_dispatch_are_the_steps_of_several_to_rounding(plan, elsewhere):

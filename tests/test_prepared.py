@@ -86,6 +86,7 @@ def test_what_tfds_reads(tmp_path, tiny):
 def test_by_way_of_sources(tmp_path, tiny, monkeypatch):
     monkeypatch.chdir(tmp_path.parent)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(prepared, "CHUNK", 5)  # that neither 12 nor 4 are multiples of
     seen = []
 
     def progress(items):
@@ -94,6 +95,8 @@ def test_by_way_of_sources(tmp_path, tiny, monkeypatch):
 
     dataset = sources.load("tiny", image_size=16, progress=progress)
     assert dataset.train["image"].shape == (12, 16, 16, 3)
+    assert dataset.train["label"].tolist() == [index % 2 for index in range(12)]
+    assert len(np.unique(dataset.train["image"], axis=0)) == 12
     assert seen == [12, 4]
 
 

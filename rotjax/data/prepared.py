@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # that an image of TFDS may be encoded in
 
-CHUNK = 256  # records that are read at once
+CHUNK = 64  # records that are read at once
 
 TENTH = 0.1  # of a set without a split to test on
 Builder = Any  # tfds.core.DatasetBuilder, whose annotations do not know what kind of features it has
@@ -140,7 +140,7 @@ def _records(
 
 
 def _in_chunks(source: Any) -> Callable[[int], bytes]:
-    """`source.__getitem__` for indices that go up: a record alone takes as long to read as an image to decode."""
+    """`source.__getitem__` for indices that go up: alone a small record takes as long to read as to decode."""
 
     @lru_cache(maxsize=1)
     def chunk(number: int) -> list[bytes]:

@@ -1,6 +1,6 @@
 """How convolutions, max-pooling and batch statistics are computed on this platform; no backbone knows.
 
-XLA computes both well on accelerators. On CPUs its convolution collapses where the output map is 2x2 or smaller (256 to
+XLA computes them well on accelerators. On CPUs its convolution collapses where the output map is 2x2 or smaller (256 to
 256 channels on 2x2 maps take 86 ms at batch 128, as a product of matrices 1.4 ms), where the window is 1x1, and in the
 gradient of a kernel, for which it turns both maps around. `python -m experiments.benchmark` measures what is left.
 """
@@ -168,7 +168,8 @@ def batch_norm(train: bool, **options) -> nn.BatchNorm:
     """torch's batch normalisation, but for the biased variance that Flax stores (torch's is n/(n-1) times it).
 
     Mean and variance are taken in one pass, but on CPUs, which are a tenth faster in two: a GPU's step starts fewer kernels,
-    and several devices exchange their sums once.
+    and several devices exchange their sums once. One pass loses digits of a variance below the mean's square: all of them
+    where the mean is thousands of deviations.
     """
     fast = jax.default_backend() != "cpu"
     return nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, use_fast_variance=fast, **options)
