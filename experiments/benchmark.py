@@ -177,13 +177,14 @@ def run(only: str = "", repeats: int = 5, results: command.ResultsDir = RESULTS,
             step()
         say(f"the trace of a second of train steps is in {profile}")
         return
+    code = commit()  # before the first result changes the clone
     folder, failed = command.made(results / "benchmark" / _named(jax.devices()[0].device_kind)), []
     for row in asked:
         if row.gpu and jax.default_backend() == "cpu":
             say(f"{row.name:16} needs a GPU: {row.ratio}")
             continue
         try:
-            result = measure(row, repeats)
+            result = measure(row, repeats) | {"commit": code}
         except (RuntimeError, subprocess.CalledProcessError) as error:
             failed.append(row.name)
             complain(f"row {row.name} failed: {reason(error)}")
@@ -220,7 +221,6 @@ def measure(row: Row, repeats: int) -> dict:
         "theirs": statistics.median(b for _, b in pairs) if theirs else None,
         "ratio": statistics.median(a / b for a, b in pairs) if theirs else None,
         "ratios": [a / b for a, b in pairs] if theirs else [],
-        "commit": commit(),
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
         "versions": versions(*VERSIONS, *(CUDNN if jax.default_backend() == "gpu" else ())),
     }
