@@ -1,6 +1,5 @@
 """Tests run on one CPU device, and share a cache of compiled programs with the commands that they start."""
 
-import atexit
 import logging
 import multiprocessing
 import os
@@ -46,9 +45,7 @@ def _child(log, function, *arguments):
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    code = function(*arguments)
-    atexit._run_exitfuncs()
-    os._exit(code or 0)
+    os._exit(function(*arguments) or 0)
 
 
 @pytest.fixture(autouse=True)

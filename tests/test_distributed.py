@@ -84,10 +84,12 @@ def step_and_run(connection, folder):
 
 
 def join(connection, address, number, function, *arguments):
-    """Does `function` as process `number` of two, and returns its exit code."""
+    """Does `function` as process `number` of two, which leave as at the end of a command; returns its exit code."""
     named = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
     os.environ.update(named)
-    return command.guarded(lambda: (parallel.join(), function(connection, *arguments)))
+    code = command.guarded(lambda: (parallel.join(), function(connection, *arguments)))
+    jax.distributed.shutdown()  # for JAX does it at the exit of a process, of which a fork knows nothing
+    return code
 
 
 @pytest.fixture(scope="module")
