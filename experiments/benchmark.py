@@ -126,7 +126,7 @@ ROWS = (
         True,
     ),
 )
-SLOW = {  # of rows that miss their goal, why, by the maker of the device
+SLOW = {  # of rows that miss their goal, why, by the first word of the kind of device
     "cpu": {
         "b": "120 layers of small products: what XLA does between them (concatenations, norms, their gradients) takes as"
         " long as they do.",

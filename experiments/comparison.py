@@ -54,8 +54,7 @@ def subset_curves(outcomes: Sequence[Outcome]) -> Figure | None:
 
 def pretraining(outcomes: Sequence[Outcome]) -> Figure | None:
     """Accuracy over epochs of predicting rotations (rows 1, 5a, 5b and 6a)."""
-    reported = [one for one in outcomes if one.row in ROWS and not (one.row == "6a" and one.variant)]
-    drawn = [one for one in reported if one.task == "rotation"]
+    drawn = [one for one in outcomes if one.task == "rotation" and one.row in ROWS and (one.row != "6a" or not one.variant)]
     keys = sorted({one.key for one in drawn}, key=lambda key: (ROWS.index(key[0]), key))
     colours = dict(zip(keys, (plots.BLUE, plots.VERMILLION, plots.GREEN, plots.GREY, plots.INK, plots.FAINT), strict=False))
     what = "row {}, {backbone} on {dataset}, {image_size} px"

@@ -165,7 +165,7 @@ def _subsets(outcomes: Sequence[Outcome]) -> list[str]:
     title = "## Few labels (row 4)\n\nTest accuracy in %, by training images per class; the mean over draws."
     title += " 5000 are all: rows 2a and 3a,\neach seed from its own row 1, and row 3b."
     if began := ", ".join(sorted({f"{one.pretext:.2f}" for one in outcomes if one.row == "4" and one.pretext})):
-        title += f" Below, frozen and full start from a network that predicts {began} % of the rotations."
+        title += f" With fewer, frozen and full start from a network that predicts {began} % of the rotations."
     return [title, table(("images per class", *comparison.CURVES), lines)]
 
 

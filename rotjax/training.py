@@ -137,11 +137,10 @@ def _step(model: nn.Module, optimizer: optax.GradientTransformation, loss: Loss)
         updates, opt_state = optimizer.update(gradients, state.opt_state, params)
         variables = state.variables | updated | {"params": optax.apply_updates(params, updates)}
         count = len(batch["label"])
-        sums = {
+        sums = state.sums | {
             "loss": state.sums["loss"] + value * count,
             "correct": state.sums["correct"] + correct,
             "count": state.sums["count"] + count,
-            "bad_step": state.sums["bad_step"],
         }
         state = TrainState(state.step + 1, variables, opt_state, sums)
         return _marked(state, jnp.isfinite(value)), {"loss": value, "accuracy": correct / count}
