@@ -62,6 +62,12 @@ def tiny(tmp_path):
     return Path(write(tmp_path, {"train": pictures(12, (8, 8)), "test": pictures(4, (8, 8), seed=1)}))
 
 
+@pytest.fixture(params=[4096, 0], ids=["by one thread", "by threads"])
+def small(monkeypatch, request):
+    """Records that one thread decodes: all that are written here, or none."""
+    monkeypatch.setattr(prepared, "SMALL", request.param)
+
+
 @pytest.fixture
 def no_network(monkeypatch):
     def refuse(*arguments, **options):
@@ -71,7 +77,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-def test_what_tfds_reads(tmp_path, tiny):
+def test_what_tfds_reads(tmp_path, tiny, small):
     dataset = prepared.load("tiny", 8, tmp_path)
     assert (dataset.name, dataset.classes) == ("tiny", CLASSES)
     builder: Any = tfds.builder_from_directory(tiny)
@@ -306,7 +312,7 @@ def test_D3_damage_is_found_in_its_shard(tmp_path):
         prepared.load("tiny", 8, tmp_path)
 
 
-def test_image_that_is_none(tmp_path):
+def test_image_that_is_none(tmp_path, small):
     folder = write(tmp_path, {"train": [*pictures(1), (b"no image", 0)], "test": pictures(1)})
     with pytest.raises(DataError, match=f"^{folder}/{SHARD} is damaged at record 1 of train"):
         prepared.load("tiny", 8, tmp_path)

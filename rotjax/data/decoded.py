@@ -6,7 +6,9 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,20 @@ def decoded(key: str, count: int, image_size: int, records: Iterable[Record]) ->
 def fingerprint(*facts: Any) -> str:
     """A key for what `facts`, values of JSON's types, decide together with this version of the decoder."""
     return hashlib.sha256(json.dumps([DECODER, *facts], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def ahead(function: Callable, items: Iterable) -> Iterator:
+    """`function` of each item, in order, computed by as many threads as there are cores and never far ahead."""
+    scheduled = getattr(os, "sched_getaffinity", None)  # of a cluster's node a job may have a few cores only
+    threads = len(scheduled(0)) if scheduled else os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 4 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def listing(key: str) -> Path | None:

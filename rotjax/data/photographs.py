@@ -3,9 +3,7 @@
 import logging
 import os
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from rotjax.data.batches import Arrays, check_fits, unlabelled
 from rotjax.data.dataset import Dataset
-from rotjax.data.decoded import Record, decoded, fingerprint, listing
+from rotjax.data.decoded import Record, ahead, decoded, fingerprint, listing
 from rotjax.data.folders import MOST, Photograph, few, formats, found, shown, unclassed
 from rotjax.data.pixels import square
 from rotjax.errors import DataError, reason
@@ -95,7 +93,7 @@ def _state(path: Path) -> tuple[int, int, bool]:
 
 def _records(folder: Path, image_size: int, photographs: list[Photograph], progress: Callable) -> Iterator[Record]:
     names = progress([photograph.name for photograph in photographs])
-    for pixels, photograph in zip(_ahead(partial(_pixels, folder, image_size), names), photographs, strict=True):
+    for pixels, photograph in zip(ahead(partial(_pixels, folder, image_size), names), photographs, strict=True):
         lacking = isinstance(pixels, str)
         yield f"{shown(photograph.name)} ({shown(pixels)})" if lacking else pixels, photograph.label
 
@@ -117,17 +115,3 @@ def _pixels(folder: Path, image_size: int, name: str) -> np.ndarray | str:
         return reason(error)
     except Exception as error:  # on a damaged file Pillow raises nearly anything
         return f"{type(error).__name__}: {error}"
-
-
-def _ahead(function: Callable, items: Iterable) -> Iterator:
-    """`function` of each item, in order, computed by as many threads as there are cores and never far ahead."""
-    scheduled = getattr(os, "sched_getaffinity", None)  # of a cluster's node a job may have a few cores only
-    threads = len(scheduled(0)) if scheduled else os.cpu_count() or 1
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 4 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

@@ -3,7 +3,8 @@
 import io
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 from rotjax.data import catalogue
 from rotjax.data.batches import Arrays, check_fits
 from rotjax.data.dataset import Dataset, held_out
-from rotjax.data.decoded import decoded, fingerprint
+from rotjax.data.decoded import ahead, decoded, fingerprint
 from rotjax.data.pixels import square
 from rotjax.errors import DataError
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # that an image of TFDS may be encoded in
 
 CHUNK = 64  # records that are read at once
+SMALL = 4096  # bytes of a record up to which threads decode no faster: most of the work is the interpreter's
 
 TENTH = 0.1  # of a set without a split to test on
 Builder = Any  # tfds.core.DatasetBuilder, whose annotations do not know what kind of features it has
@@ -123,15 +125,16 @@ def _records(
     """Pixels u8 `[H,H,3]` and label of each record; raises DataError for the first that is damaged."""
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     source = builder.as_data_source(split, deserialize_method=raw, file_format="array_record")
-    order, read = range(len(source)), _in_chunks(source)
+    order, read = range(len(source)), partial(_read, builder, split, _in_chunks(source))
     keys = ("image", "label") if classes else ("image",)
     features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in keys})
     if tenth_last:
         label = tfds.features.FeaturesDict({"label": features["label"]}) if classes else None
-        labels = [_record(builder, split, read, label, index)["label"] if label else -1 for index in order]
+        labels = [_record(builder, split, label, 0, read(index))["label"] if label else -1 for index in order]
         order = np.argsort(held_out(np.array(labels), TENTH), kind="stable").tolist()
-    for index in progress(order):
-        record = _record(builder, split, read, features, index, image_size)
+    small = builder.info.splits[split].num_bytes <= SMALL * len(source)
+    records = (map if small else ahead)(partial(_record, builder, split, features, image_size), map(read, progress(order)))
+    for index, record in zip(order, records, strict=True):
         label = record["label"] if classes else -1
         if classes and not 0 <= label < classes:
             where = f"record {index} of {split} in {builder.data_path}"
@@ -155,18 +158,30 @@ def _in_chunks(source: Any) -> Callable[[int], bytes]:
     return read
 
 
-def _record(
-    builder: Builder, split: str, read: Callable[[int], bytes], features: Any, index: int, image_size: int = 0
-) -> dict[str, Any]:
-    """The `features` of a record, an image as pixels; raises DataError where they are damaged."""
+def _read(builder: Builder, split: str, read: Callable[[int], bytes], index: int) -> tuple[int, bytes]:
+    """Record `index` as it is stored, and its index."""
+    with _intact(builder, split, index):
+        return index, read(index)
+
+
+def _record(builder: Builder, split: str, features: Any, image_size: int, read: tuple[int, bytes]) -> dict[str, Any]:
+    """The `features` of a record that was `read`, an image as pixels."""
+    index, stored = read
     # Decoded by Pillow whatever TFDS finds installed: OpenCV gives other pixels for the same JPEG.
     decoders: Any = {"image": tfds.decode.SkipDecoding()} if "image" in features else None
-    try:
-        record: Any = features.deserialize_example_np(read(index), decoders=decoders)
+    with _intact(builder, split, index):
+        record: Any = features.deserialize_example_np(stored, decoders=decoders)
         if "image" in features:
             with Image.open(io.BytesIO(record["image"]), formats=FORMATS) as image:
                 record["image"] = square(image, image_size)
         return record
+
+
+@contextmanager
+def _intact(builder: Builder, split: str, index: int) -> Iterator[None]:
+    """Raises DataError where what is done with record `index` fails: it is damaged."""
+    try:
+        yield
     except Exception as error:  # of array_record, protobuf or Pillow, which on damaged bytes raise nearly anything
         shard = _shard(builder, split, index)
         reason = f"{shard} is damaged at record {index} of {split} ({str(error)[:80]})"
