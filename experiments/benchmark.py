@@ -53,7 +53,7 @@ def _compiled(network: str, batch_size: int) -> Row:
 
 
 def _floor(network: str, goal: float) -> Row:
-    what = f"train step, {network}, cifar stem, bfloat16, batch 512 / its arithmetic and traffic at this device's peaks"
+    what = f"train step, {network}, cifar stem, bfloat16, batch 512 / its arithmetic plus its traffic, unfused, at the peaks"
     return Row(f"k-{network}", what, goal, False, partial(speed.step_and_floor, network), "s", gpu=True)
 
 
@@ -150,7 +150,7 @@ SLOW = {  # of rows that miss their goal, why, by the first word of the kind of 
 def main() -> int:
     """Parses the flags and measures; returns the exit code."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch and rows that are commands want memory too
-    return command.cli(run, "benchmark")
+    return command.cli(run, "benchmark", resumes=False)
 
 
 def run(only: str = "", repeats: int = 5, results: command.ResultsDir = RESULTS, profile: Path | None = None) -> None:
@@ -230,7 +230,8 @@ def page(folder: Path) -> str:
     """The page about the results in `folder/<kind of device>`."""
     parts = [
         "# Performance\n\nMade by `python -m experiments.benchmark`: each ratio is the median over repeats, in which both\n"
-        f"sides were measured in turns in one process. Batch {speed.BATCH} and float32 unless said."
+        "sides were measured in turns in one process, and their range; where it was measured once, there is none. Batch\n"
+        f"{speed.BATCH} and float32 unless said."
     ]
     there: set[str] = set()
     for device in sorted(path for path in folder.iterdir() if path.is_dir()):
@@ -272,7 +273,9 @@ def _line(row: Row, result: dict) -> tuple[str, ...]:
     ours, theirs = (result[side] and f"{_figure(result[side])} {row.unit}" for side in ("ours", "theirs"))
     if result["ratio"] is None:
         return row.name, row.ratio, goal, "the other side needs torch", ours, ""
-    verdict = f"{result['ratio']:.2f}" + ("" if row.met(result["ratio"]) else ", **missed**")
+    ratios = result["ratios"]
+    spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" * (len(ratios) > 1)
+    verdict = f"{result['ratio']:.2f}{spread}" + ("" if row.met(result["ratio"]) else ", **missed**")
     return row.name, row.ratio, goal, verdict, ours, theirs
 
 

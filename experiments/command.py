@@ -76,15 +76,14 @@ def main(kind: type[rotjax.Recipe]) -> int:
     return cli(command, kind.job, kind.__doc__)
 
 
-def cli(command, name: str, description: str | None = None) -> int:
+def cli(command, name: str, description: str | None = None, resumes: bool = True) -> int:
     """Calls `command`, guarded, with the flags of `python -m experiments.<name>`, its parameters; returns the exit code."""
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
     prog, args = f"python -m experiments.{name}", [_at_home(word) for word in sys.argv[1:]]
     if flag := _without_value(args):
         return _failed(UsageError(f"{flag} is given an empty value; give another, or leave it out"))
-    return guarded(
-        lambda: tyro.cli(command, args=args, prog=prog, description=description, config=config, use_underscores=True)
-    )
+    flags = {"args": args, "prog": prog, "description": description, "config": config, "use_underscores": True}
+    return guarded(lambda: tyro.cli(command, **flags), resumes)
 
 
 def _at_home(word: str) -> str:
@@ -139,7 +138,7 @@ def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
     return dataclass(frozen=True)(shown)
 
 
-def guarded(job) -> int:
+def guarded(job, resumes: bool = True) -> int:
     """Runs `job`; an error of ours, or a signal where nothing is to be saved yet, becomes one line and its exit code."""
     checkpoints.quiet()
     for kind in heeded():
@@ -148,7 +147,7 @@ def guarded(job) -> int:
         with report.listening(), parallel.deserted():
             job()
     except KeyboardInterrupt:
-        return _failed(Stopped("stopped; the same command resumes"))
+        return _failed(Stopped(f"stopped; the same command {'resumes' if resumes else 'begins anew'}"))
     except RotjaxError as error:
         return _failed(error)
     except jax.errors.JaxRuntimeError as error:

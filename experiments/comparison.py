@@ -31,7 +31,7 @@ def draw(folder: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def subset_curves(outcomes: Sequence[Outcome]) -> Figure | None:
-    """Test accuracy over the number of training images, the mean and the range over draws."""
+    """Test accuracy over the number of training images: each draw, their mean, and their range where there are several."""
     figure = plots.titled((7, 4), "Few labels: what pretraining by rotation is worth (row 4)")
     axes = figure.subplots()
     for kind, (row, label, colour) in CURVES.items():
@@ -40,8 +40,11 @@ def subset_curves(outcomes: Sequence[Outcome]) -> Figure | None:
         if len(points) < 2:
             continue
         counts, scores = list(points), list(points.values())
-        axes.fill_between(counts, [min(s) for s in scores], [max(s) for s in scores], color=colour, alpha=0.2, linewidth=0)
-        axes.plot(counts, [statistics.mean(s) for s in scores], color=colour, marker="o", markersize=4, label=label)
+        low, high = ([bound(s) if len(s) > 1 else np.nan for s in scores] for bound in (min, max))
+        axes.fill_between(counts, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(counts, [statistics.mean(s) for s in scores], color=colour, label=label)
+        draws = [(count, score) for count, s in points.items() for score in s]
+        axes.plot(*zip(*draws, strict=True), "o", color=colour, markersize=3)
     if not axes.lines:
         return None
     axes.set(xscale="log", xlabel="training images", ylabel="test accuracy in %")
@@ -53,7 +56,7 @@ def subset_curves(outcomes: Sequence[Outcome]) -> Figure | None:
 
 
 def pretraining(outcomes: Sequence[Outcome]) -> Figure | None:
-    """Accuracy over epochs of predicting rotations (rows 1, 5a, 5b and 6a)."""
+    """Accuracy over epochs of predicting rotations, at test of one turn of each image."""
     drawn = [one for one in outcomes if one.task == "rotation" and one.row in ROWS and (one.row != "6a" or not one.variant)]
     keys = sorted({one.key for one in drawn}, key=lambda key: (ROWS.index(key[0]), key))
     colours = dict(zip(keys, (plots.BLUE, plots.VERMILLION, plots.GREEN, plots.GREY, plots.INK, plots.FAINT), strict=False))

@@ -30,7 +30,7 @@ from rotjax.workdirs import read_summary
 def main() -> int:
     """Parses the flags and runs the control; returns the exit code."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the memory of a GPU is for torch
-    return command.cli(control, "control")
+    return command.cli(control, "control", resumes=False)
 
 
 def control(
@@ -39,7 +39,7 @@ def control(
     results: command.ResultsDir = RESULTS,
     data_dir: command.DataDir = None,
 ) -> None:
-    """Train a run of the report by PyTorch.
+    """Train a run of the report by PyTorch, with torch and torchvision. It does not resume.
 
     Args:
         run: As `experiments.reproduce --list` names it; one that starts from another needs that one's workdir.
@@ -48,7 +48,10 @@ def control(
         data_dir: Folder of data sets prepared for TFDS.
     """
     trained = named(run)
-    command.check_folder("workdirs", workdirs, there=trained.after is not None)
+    command.check_folder("workdirs", workdirs)
+    if (begun := trained.after) and not (workdirs / begun.name / "summary.json").exists():
+        first = f"run python -m experiments.reproduce --only={begun.row} first, or name the --workdirs where it is"
+        raise UsageError(f"{run} starts from {begun.name}, which is not complete in {workdirs}; {first}")
     command.check_folder("results", results)
     command.check_folder("data_dir", data_dir)
     try:

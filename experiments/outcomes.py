@@ -96,9 +96,11 @@ def subset_scores(outcomes: Sequence[Outcome], kind: str, whole: str, count: int
 
 
 def commit() -> str:
-    """The commit of the code that runs, with `+` where files differ from it; empty outside a clone."""
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    """The commit of the code that runs, with `+` where files other than results differ from it; empty outside a clone."""
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/", f":!{CLONE.name}"], check=False).returncode
     except (OSError, subprocess.CalledProcessError):
         return ""
+    return head.stdout.strip() + "+" * bool(changed)

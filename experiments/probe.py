@@ -26,7 +26,7 @@ from rotjax.workdirs import read_recipe, read_summary
 
 def main() -> int:
     """Parses the flags and probes; returns the exit code."""
-    return command.cli(run, "probe")
+    return command.cli(run, "probe", resumes=False)
 
 
 def run(

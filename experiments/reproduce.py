@@ -84,11 +84,18 @@ def chosen(every: Sequence[Run], only: str) -> list[Run]:
     words = [word.strip() for word in only.split(",")] if only else []
     rows = ", ".join(dict.fromkeys(run.row for run in every))
     for word in words:
-        if word not in {name for run in every for name in (run.row, run.name)}:
-            raise UsageError(f"--only: there is no row {word!r}; rows are {rows}, runs are shown by --list")
+        if not _called(word, every):
+            flags = [f"--preset={preset} --seeds=3" for preset in ("report", "strong") if _called(word, runs(3, preset))]
+            shown = f"this is one of {flags[0]}" if flags else "runs are shown by --list"
+            raise UsageError(f"--only: there is no row {word!r}; rows are {rows}, {shown}")
     asked = [run for run in every if not words or run.row in words or run.name in words]
     needed = [run.after for run in asked if run.after]
     return [run for run in every if run in asked or run in needed]
+
+
+def _called(word: str, every: Sequence[Run]) -> bool:
+    """Whether a row or a run of `every` is called so."""
+    return any(word in (run.row, run.name) for run in every)
 
 
 def check_prepared(left: Sequence[Run], data_dir: Path | None) -> None:

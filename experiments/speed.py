@@ -30,7 +30,7 @@ Sides = tuple[Side, Side | None]  # rotjax's, and that of a peer if it is instal
 
 BATCH = 128
 SECONDS = 1.0  # that a measurement takes at least
-COUNTS = {  # training GFLOPs and, in bfloat16, MB of memory traffic an image, cifar stem at 32 px
+COUNTS = {  # training GFLOPs and, in bfloat16 with nothing fused, MB of traffic an image; cifar stem, 32 px
     "resnet18": (3.33, 17.5),
     "resnet50": (7.79, 96.0),
     "resnet101": (15.06, 143.0),
@@ -184,7 +184,7 @@ def evaluation_and_training() -> Sides:
 
 
 def step_and_floor(name: str) -> Sides:
-    """Seconds of a step at batch 512 in bfloat16, and what its arithmetic and its traffic take on this device."""
+    """Seconds of a step at batch 512 in bfloat16, and of its arithmetic and then its traffic on this device."""
     flops, traffic = COUNTS[name]
     step, peak = train_rate(name, "cifar", 512, "bfloat16"), _peaks()
     return lambda: 512 / step(), lambda: 512 * (flops * 1e9 / peak[0]() + traffic * 1e6 / peak[1]())

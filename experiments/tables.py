@@ -46,11 +46,12 @@ def readme(outcomes: Sequence[Outcome], pictures: Sequence[str], torch: Mapping[
     parts = [
         "# Results\n\nMade by `python -m experiments.reproduce`; again from `runs/` by `python -m experiments.tables`.\n"
         "Test accuracy in % after the last epoch, the mean over seeds and, from two on, their standard deviation.\n"
-        "Rotations are scored on all four turns of every test image. The report's are single runs.\n"
-        "Minutes count waiting, too, where runs shared a machine.",
+        "Rotations are scored on all four turns of every test image. The report's are single runs. A band is where\n"
+        "the mean was expected before the first run. Minutes count waiting, too, where runs shared a machine.",
         *_rows([one for one in whole if one.row in ROWS]),
         *_strong([one for one in whole if one.row in STRONG]),
         *_data_notes(whole),
+        *_other_beginnings(whole),
         *_controls(whole, torch),
         *_first_epochs(whole),
         *_subsets(whole),
@@ -90,7 +91,7 @@ def _line(group: Sequence[Outcome], run: Run | None) -> tuple:
         f"{score - published:+.2f}" if published else "",
         inside,
         *_where(group),
-        f"`--only={one.row}`",
+        f"`--only={one.row}{f' --seeds={len(scores)}' if len(scores) > 1 else ''}`",
     )
 
 
@@ -124,9 +125,32 @@ def _strong(outcomes: Sequence[Outcome]) -> list[str]:
     return [title, table(("row", "what", "goal", "rotjax", "seeds", "device", "minutes"), lines)] if lines else []
 
 
-def _data_notes(outcomes: Iterable[Outcome]) -> list[str]:
-    notes = sorted({one.data_note for one in outcomes if one.data_note})
-    return [f"Data: {'; '.join(notes)}."] if notes else []
+def _data_notes(outcomes: Sequence[Outcome]) -> list[str]:
+    """What is known of the data; where it is not the same of all runs on a set, of which."""
+    notes: dict[str, dict[str, list[str]]] = {}
+    for one in outcomes:
+        notes.setdefault(one.recipe["dataset"], {}).setdefault(one.data_note, []).append(one.name)
+    parts = [
+        (note or f"nothing is said of {dataset}") + f" ({', '.join(names)})" * (len(same) > 1)
+        for dataset, same in notes.items()
+        for note, names in same.items()
+        if note or len(same) > 1
+    ]
+    return [f"Data: {'; '.join(parts)}."] if parts else []
+
+
+def _other_beginnings(outcomes: Sequence[Outcome]) -> list[str]:
+    """Which runs start from a training of an earlier row that is not, or no longer, the one in the table."""
+    scores = {one.name: one.score for one in outcomes}
+    after = {run.name: run.after.name for run in runs(seeds=1 + max((one.seed for one in outcomes), default=0)) if run.after}
+    other: dict[tuple[str, float], list[str]] = {}
+    for one in outcomes:
+        begun = after.get(one.name, "")
+        if one.pretext and abs(one.pretext - scores.get(begun, one.pretext)) > 0.001:
+            name = "row 4" if one.row == "4" else one.name
+            other.setdefault((begun, one.pretext), []).append(name)
+    parts = [f"{', '.join(dict.fromkeys(names))} from {begun} with {score:.2f}" for (begun, score), names in other.items()]
+    return [f"From another training than the one in the table: {'; '.join(parts)}."] if parts else []
 
 
 def _controls(outcomes: Sequence[Outcome], torch: Mapping[str, dict]) -> list[str]:
@@ -161,11 +185,9 @@ def _subsets(outcomes: Sequence[Outcome]) -> list[str]:
     for count in (*SUBSETS, WHOLE):
         scores = [subset_scores(outcomes, kind, row, count) for kind, (row, *_) in comparison.CURVES.items()]
         if any(scores):
-            lines.append((count, *(mean(s) if s else "" for s in scores)))
-    title = "## Few labels (row 4)\n\nTest accuracy in %, by training images per class; the mean over draws."
-    title += " 5000 are all: rows 2a and 3a,\neach seed from its own row 1, and row 3b."
-    if began := ", ".join(sorted({f"{one.pretext:.2f}" for one in outcomes if one.row == "4" and one.pretext})):
-        title += f" With fewer, frozen and full start from a network that predicts {began} % of the rotations."
+            lines.append((count, *(f"{mean(s)} ({len(s)})" if s else "" for s in scores)))
+    title = "## Few labels (row 4)\n\nTest accuracy in %, by training images per class; the mean over draws, and how many."
+    title += "\n5000 are all: rows 2a, 3a and 3b."
     return [title, table(("images per class", *comparison.CURVES), lines)]
 
 

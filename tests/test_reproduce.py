@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from experiments import comparison, outcomes, reproduce, tables
+from experiments import comparison, control, outcomes, reproduce, tables
 from experiments.rows import ROWS, STRONG, Run, runs, shortened
 from rotjax import optim
 from rotjax.errors import DataError, UsageError
@@ -168,6 +170,77 @@ def test_the_curves_over_subsets_count_images_in_plain_numbers():
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["200", "1,000", "4,000", "10,000", "50,000"]
     assert len(axes.get_xticklabels(minor=True)) == 0
+
+
+def test_a_range_is_drawn_only_where_there_are_several_draws():
+    (result,) = (one for one in outcomes.load(outcomes.RESULTS) if (one.row, one.seed) == ("3a", 0))
+    scores = {20: (0.4, 0.5, 0.6), 100: (0.5, 0.6), 400: (0.7,), 1000: (0.8,)}
+    drawn = [
+        dataclasses.replace(
+            result, row="4", variant=f"full-{count}", seed=seed, summary=result.summary | {"accuracy": score}
+        )
+        for count, several in scores.items()
+        for seed, score in enumerate(several)
+    ]
+    figure = comparison.subset_curves(drawn)
+    assert figure
+    (axes,) = figure.axes
+    mean, draws = axes.lines
+    np.testing.assert_allclose(mean.get_ydata(), [50, 55, 70, 80])
+    np.testing.assert_allclose(draws.get_ydata(), [40, 50, 60, 50, 60, 70, 80])
+    assert max(point[0] for path in axes.collections[0].get_paths() for point in path.vertices) == 1000  # 100 of each class
+    page = tables.readme(drawn, (), {}, ())
+    assert "| 20 |  | 50.00 ± 10.00 (3) |  |" in page and "| 400 |  | 70.00 (1) |  |" in page
+
+
+def test_the_page_says_which_runs_have_other_data_or_start_from_another_training():
+    found = {one.name: one for one in outcomes.load(outcomes.RESULTS)}
+    one, two = found["1-rotation-seed0"], found["3a-classification-seed0"]
+    page = tables.readme([one, two], (), {}, ())
+    assert f"Data: {one.data_note}." in page and "another training" not in page
+    page = tables.readme([one, dataclasses.replace(two, data_note="", pretext=78.0)], (), {}, ())
+    assert f"Data: {one.data_note} ({one.name}); nothing is said of cifar10 ({two.name})." in page
+    assert f"From another training than the one in the table: {two.name} from {one.name} with 78.00." in page
+
+
+def test_the_commit_of_a_result_tells_of_changed_code_not_of_other_results(tmp_path, monkeypatch):
+    def git(*words):
+        made = ["git", "-C", str(tmp_path), "-c", "user.name=one", "-c", "user.email=one@example.org", *words]
+        return subprocess.run(made, capture_output=True, text=True, check=True).stdout.strip()
+
+    code, result = tmp_path / "experiments" / "outcomes.py", tmp_path / "experiments" / "results" / "a.json"
+    result.parent.mkdir(parents=True)
+    monkeypatch.setattr(outcomes, "__file__", str(code))
+    for path in (code, result):
+        path.write_text("before")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message=one")
+    head = git("rev-parse", "--short=12", "HEAD")
+    result.write_text("after")
+    assert outcomes.commit() == head
+    code.write_text("after")
+    assert outcomes.commit() == f"{head}+"
+
+
+@pytest.mark.parametrize(
+    ("word", "remedy"),
+    [
+        ("3a-classification-seed1", "this is one of --preset=report --seeds=3"),
+        ("S1", "this is one of --preset=strong --seeds=3"),
+        ("7", "runs are shown by --list"),
+    ],
+)
+def test_a_row_that_is_not_there_is_told_with_what_it_takes(word, remedy):
+    with pytest.raises(UsageError, match=f"^--only: there is no row '{word}'; rows are 1, 2a, .*, {remedy}$"):
+        reproduce.chosen(runs(), f"1,{word}")
+
+
+def test_a_control_without_what_it_starts_from_says_how_to_make_it(tmp_path):
+    remedy = f"not complete in {tmp_path}; run python -m experiments.reproduce --only=1 first"
+    with pytest.raises(UsageError, match=f"3a-classification-seed0 starts from 1-rotation-seed0, which is {remedy}"):
+        control.control("3a-classification-seed0", workdirs=tmp_path, results=tmp_path / "results")
+    assert not list(tmp_path.iterdir())
 
 
 def test_settings_out_of_range_are_refused(tmp_path):

@@ -110,6 +110,20 @@ def test_C1_the_command_says_on_stderr_that_it_passes_over_a_damaged_checkpoint(
     assert "resuming from step 5 of 6" in said
 
 
+@pytest.mark.parametrize(("resumes", "then"), [(True, "resumes"), (False, "begins anew")])
+def test_a_command_that_is_stopped_says_whether_it_resumes(capsys, resumes, then):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert command.guarded(interrupted, resumes) == 75
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+    assert capsys.readouterr().err == f"rotjax: stopped; the same command {then}\n"
+
+
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
 def test_R3_a_signal_while_a_command_imports(tmp_path, kind):
     line = [sys.executable, "-X", "importtime", "-m", "experiments.rotation", *FLAGS, f"--workdir={tmp_path / 'run'}"]
