@@ -77,13 +77,18 @@ def main(kind: type[rotjax.Recipe]) -> int:
 
 
 def cli(command, name: str, description: str | None = None, resumes: bool = True) -> int:
-    """Calls `command`, guarded, with the flags of `python -m experiments.<name>`, its parameters; returns the exit code."""
+    """Calls `command`, guarded, with the flags of `python -m experiments.<name>`, its parameters; returns the exit code.
+
+    `resumes`: whether the same command goes on where a signal stopped it, or begins anew; it says so.
+    """
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
     prog, args = f"python -m experiments.{name}", [_at_home(word) for word in sys.argv[1:]]
     if flag := _without_value(args):
         return _failed(UsageError(f"{flag} is given an empty value; give another, or leave it out"))
-    flags = {"args": args, "prog": prog, "description": description, "config": config, "use_underscores": True}
-    return guarded(lambda: tyro.cli(command, **flags), resumes)
+    return guarded(
+        lambda: tyro.cli(command, args=args, prog=prog, description=description, config=config, use_underscores=True),
+        resumes,
+    )
 
 
 def _at_home(word: str) -> str:

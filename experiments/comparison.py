@@ -40,8 +40,8 @@ def subset_curves(outcomes: Sequence[Outcome]) -> Figure | None:
         if len(points) < 2:
             continue
         counts, scores = list(points), list(points.values())
-        low, high = ([bound(s) if len(s) > 1 else np.nan for s in scores] for bound in (min, max))
-        axes.fill_between(counts, low, high, color=colour, alpha=0.2, linewidth=0)
+        low, high, several = [min(s) for s in scores], [max(s) for s in scores], [len(s) > 1 for s in scores]
+        axes.fill_between(counts, low, high, where=several, color=colour, alpha=0.2, linewidth=0)
         axes.plot(counts, [statistics.mean(s) for s in scores], color=colour, label=label)
         draws = [(count, score) for count, s in points.items() for score in s]
         axes.plot(*zip(*draws, strict=True), "o", color=colour, markersize=3)

@@ -27,7 +27,7 @@ COUNTS = ("tests", "trials", "passed", "failed", "skipped")
 
 def main() -> int:
     """Parses the flags and writes the page; returns the exit code."""
-    return command.cli(run, "reliability")
+    return command.cli(run, "reliability", resumes=False)
 
 
 def run(xml: tyro.conf.Positional[tuple[Path, ...]] = (), results: command.ResultsDir = RESULTS) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from experiments import command, tables
 from experiments.outcomes import RESULTS, accuracy, commit, read_result
@@ -85,7 +86,7 @@ def chosen(every: Sequence[Run], only: str) -> list[Run]:
     rows = ", ".join(dict.fromkeys(run.row for run in every))
     for word in words:
         if not _called(word, every):
-            flags = [f"--preset={preset} --seeds=3" for preset in ("report", "strong") if _called(word, runs(3, preset))]
+            flags = [f"--preset={preset} --seeds=3" for preset in get_args(Preset) if _called(word, runs(3, preset))]
             shown = f"this is one of {flags[0]}" if flags else "runs are shown by --list"
             raise UsageError(f"--only: there is no row {word!r}; rows are {rows}, {shown}")
     asked = [run for run in every if not words or run.row in words or run.name in words]

@@ -1,5 +1,6 @@
 """The comparison with the report, made from the results alone: `python -m experiments.tables --help`."""
 
+import math
 import statistics
 import sys
 from collections import Counter
@@ -18,7 +19,7 @@ BEGINNINGS = {"3a": ("row 1", "64.69"), "3b": ("random weights", "40.66")}  # an
 
 def main() -> int:
     """Parses the flags and writes the tables and figures; returns the exit code."""
-    return command.cli(run, "tables")
+    return command.cli(run, "tables", resumes=False)
 
 
 def run(results: command.ResultsDir = RESULTS) -> None:
@@ -91,7 +92,7 @@ def _line(group: Sequence[Outcome], run: Run | None) -> tuple:
         f"{score - published:+.2f}" if published else "",
         inside,
         *_where(group),
-        f"`--only={one.row}{f' --seeds={len(scores)}' if len(scores) > 1 else ''}`",
+        f"`--only={one.row}" + f" --seeds={len(scores)}" * (len(scores) > 1) + "`",
     )
 
 
@@ -145,10 +146,9 @@ def _other_beginnings(outcomes: Sequence[Outcome]) -> list[str]:
     after = {run.name: run.after.name for run in runs(seeds=1 + max((one.seed for one in outcomes), default=0)) if run.after}
     other: dict[tuple[str, float], list[str]] = {}
     for one in outcomes:
-        begun = after.get(one.name, "")
-        if one.pretext and abs(one.pretext - scores.get(begun, one.pretext)) > 0.001:
-            name = "row 4" if one.row == "4" else one.name
-            other.setdefault((begun, one.pretext), []).append(name)
+        begun = after.get(one.name)
+        if one.pretext and begun in scores and not math.isclose(one.pretext, scores[begun]):
+            other.setdefault((begun, one.pretext), []).append("row 4" if one.row == "4" else one.name)
     parts = [f"{', '.join(dict.fromkeys(names))} from {begun} with {score:.2f}" for (begun, score), names in other.items()]
     return [f"From another training than the one in the table: {'; '.join(parts)}."] if parts else []
 
@@ -186,8 +186,10 @@ def _subsets(outcomes: Sequence[Outcome]) -> list[str]:
         scores = [subset_scores(outcomes, kind, row, count) for kind, (row, *_) in comparison.CURVES.items()]
         if any(scores):
             lines.append((count, *(f"{mean(s)} ({len(s)})" if s else "" for s in scores)))
-    title = "## Few labels (row 4)\n\nTest accuracy in %, by training images per class; the mean over draws, and how many."
-    title += "\n5000 are all: rows 2a, 3a and 3b."
+    title = (
+        "## Few labels (row 4)\n\nTest accuracy in %, by training images per class; the mean over draws, and how many.\n"
+        "5000 are all: rows 2a, 3a and 3b."
+    )
     return [title, table(("images per class", *comparison.CURVES), lines)]
 
 

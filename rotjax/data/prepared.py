@@ -125,7 +125,7 @@ def _records(
     """Pixels u8 `[H,H,3]` and label of each record; raises DataError for the first that is damaged."""
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     source = builder.as_data_source(split, deserialize_method=raw, file_format="array_record")
-    order, read = range(len(source)), partial(_read, builder, split, _in_chunks(source))
+    order, read = range(len(source)), _in_chunks(builder, split, source)
     keys = ("image", "label") if classes else ("image",)
     features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in keys})
     if tenth_last:
@@ -142,26 +142,24 @@ def _records(
         yield record["image"], label
 
 
-def _in_chunks(source: Any) -> Callable[[int], bytes]:
-    """`source.__getitem__` for indices that go up: alone a small record takes as long to read as to decode."""
+def _in_chunks(builder: Builder, split: str, source: Any) -> Callable[[int], tuple[int, bytes]]:
+    """What gives an index and its record as it is stored, for indices that go up.
+
+    In chunks, since alone a small record takes as long to read as to decode.
+    """
 
     @lru_cache(maxsize=1)
     def chunk(number: int) -> list[bytes]:
         return source.__getitems__(range(number * CHUNK, min((number + 1) * CHUNK, len(source))))
 
-    def read(index: int) -> bytes:
+    def read(index: int) -> tuple[int, bytes]:
         try:
-            return chunk(index // CHUNK)[index % CHUNK]
+            return index, chunk(index // CHUNK)[index % CHUNK]
         except Exception:  # of any record of the chunk: alone, only the damaged one fails
-            return source[index]
+            with _intact(builder, split, index):
+                return index, source[index]
 
     return read
-
-
-def _read(builder: Builder, split: str, read: Callable[[int], bytes], index: int) -> tuple[int, bytes]:
-    """Record `index` as it is stored, and its index."""
-    with _intact(builder, split, index):
-        return index, read(index)
 
 
 def _record(builder: Builder, split: str, features: Any, image_size: int, read: tuple[int, bytes]) -> dict[str, Any]:
