@@ -52,5 +52,5 @@ def leads_to(path: Path, descriptor: int) -> bool:
     """Whether `path` leads to the file that is open as `descriptor`."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
+    except OSError:
         return False

@@ -73,8 +73,10 @@ def plan(
     `data` replaces the data set that the recipe names. `workdir` is only checked: it must not hold another run, and
     nothing is written. Raises UsageError, DataError or CheckpointError.
     """
-    check(recipe)
-    if data:
+    check(recipe, resolved=False)
+    if data is None:
+        recipe = dataclasses.replace(recipe, dataset=sources.canonical(recipe.dataset))
+    else:
         if recipe.image_size not in (None, data.image_size):
             raise UsageError(f"--image_size={recipe.image_size} contradicts data of {data.image_size} px; leave it out")
         recipe = dataclasses.replace(recipe, dataset=data.name, image_size=data.image_size)

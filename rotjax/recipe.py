@@ -5,7 +5,8 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 import jax.numpy as jnp
 
@@ -202,12 +203,18 @@ class Classification(Recipe):
 JOBS: dict[str, type[Recipe]] = {"rotation": Rotation, "classification": Classification}
 
 
-def check(recipe: Recipe) -> None:
-    """Raises UsageError for the first value out of range, naming its flag."""
-    for name, hint in get_type_hints(type(recipe)).items():
-        value = getattr(recipe, name)
-        if get_origin(hint) is Literal and value is not None and value not in get_args(hint):
-            raise UsageError(f"--{name}={value} is none of {', '.join(get_args(hint))}; give one of them")
+def check(recipe: Recipe, resolved: bool = True) -> None:
+    """Raises UsageError for the first value of another type or out of range, naming its flag.
+
+    A recipe that is not `resolved` yet may have values that are None.
+    """
+    for field in dataclasses.fields(recipe):
+        value, hint = getattr(recipe, field.name), field.type
+        if not _fits(value, hint) and (resolved or value is not None):
+            given, one = f"--{field.name}={str(value)[:40]}", hint.__name__ if isinstance(hint, type) else hint
+            if get_origin(hint) is Literal:
+                raise UsageError(f"{given} is none of {', '.join(get_args(hint))}; give one of them")
+            raise UsageError(f"{given} is of type {type(value).__name__}; give {one}")
     if bool(recipe.mean) != bool(recipe.std):
         raise UsageError("--mean and --std go together; give both or neither")
     for name, (least, most) in BOUNDS.items():
@@ -228,3 +235,16 @@ def check(recipe: Recipe) -> None:
         raise UsageError(f"--warmup_epochs={recipe.warmup_epochs} is more than --epochs={recipe.epochs}; give fewer")
     if recipe.image_size is not None and recipe.image_size < 32 and recipe.stem == "imagenet":
         raise UsageError(f"--image_size={recipe.image_size} is too small for the imagenet stem; use 32 or --stem=cifar")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the type that a field of a recipe is declared with."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return value in parts
+    if kind is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if kind is tuple:
+        several = isinstance(value, (tuple, list)) and (Ellipsis in parts or len(value) == len(parts))
+        return several and all(_fits(one, parts[0]) for one in value)
+    return isinstance(value, (int, float) if hint is float else hint) and (hint is bool or not isinstance(value, bool))

@@ -288,7 +288,7 @@ def test_unreadable_files_are_counted_and_named(folder, notes):
         (cats / next(cats.glob(f"{name}.*"))).unlink()
     notes.clear()
     load(folder, SIZE)
-    assert "4 of 24" in notes[1] and "cats/f.png (too many pixels), cats/g.png (too many pixels)" in notes[1]
+    assert "4 of 24" in notes[1] and "cats/f.png (more than 89 megapixels: scale it down), cats/g.png" in notes[1]
 
 
 def test_files_without_permission(folder, notes):
@@ -332,6 +332,17 @@ def test_decoded_again_only_where_a_file_changed(folder):
     (folder / "cats" / "03.png").rename(folder / "dogs" / "03b.png")
     assert again() == ([0, 1, 2, *range(4, 10), 77, *range(100, 110)], 20)
     assert again()[1] == 0
+
+
+def test_what_a_folder_gave_before_it_changed_does_not_stay_in_the_cache(folder, tmp_path):
+    paint_classes(folder)
+    before = load(folder, SIZE)
+    load(folder, 2 * SIZE)
+    paint(folder / "cats" / "10.png", 77)
+    after = load(folder, SIZE)
+    assert sorted(shades(before.train) + shades(before.test)) == [*range(10), *range(100, 110)], "a run that maps it goes on"
+    assert len(after.train["label"]) + len(after.test["label"]) == 21
+    assert len(list((tmp_path / "cache/rotjax/decoded").iterdir())) == 2, "that of the other size is of the same photographs"
 
 
 def test_the_number_of_threads_changes_nothing(folder, tmp_path, monkeypatch):
@@ -478,6 +489,11 @@ def test_a_data_set_by_its_folder(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     for name in ("holiday", "./holiday", "holiday/", "~/holiday", str(folder / "holiday"), "../photos/holiday"):
         assert sources.load(name, image_size=SIZE).classes == ("cats", "dogs")
+        assert sources.load(sources.canonical(name), image_size=SIZE).classes == ("cats", "dogs")
+    assert {sources.canonical(name) for name in ("holiday", "./holiday", "holiday/", ".//holiday//")} == {"holiday"}
+    assert [sources.canonical(name) for name in ("digits", "digits/", "absent/", "~/a/", "/")] == [
+        "digits", "./digits", "./absent", "~/a", "/"
+    ]  # fmt: skip
     assert sources.load("./digits", image_size=SIZE).classes == ("ones", "twos")
     assert len(sources.load("digits", image_size=SIZE).classes) == 10
     assert sources.load(".", image_size=SIZE).classes == ("digits", "holiday")

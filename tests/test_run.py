@@ -503,6 +503,35 @@ def test_a_recipe_in_python_with_a_name_that_is_none_is_refused(data, name, valu
         rotjax.plan(rotjax.Rotation(**(SMALL | {name: value})), data=data)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "kinds"),
+    [
+        ("epochs", 2.5, "float; give int"),
+        ("max_steps", 2.5, "float; give int | None"),
+        ("batch_size", 8.0, "float; give int"),
+        ("seed", np.int64(3), "int64; give int"),
+        ("seed", None, "NoneType; give int"),
+        ("seed", True, "bool; give int"),
+        ("width", "4", "str; give int"),
+        ("flip", "no", "str; give bool"),
+        ("learning_rate", "0.1", "str; give float"),
+        ("mean", (0.5, 0.5), "tuple; give tuple[float, float, float]"),
+        ("dataset", Path("photos"), "PosixPath; give str"),
+    ],
+)
+def test_C9_a_recipe_in_python_that_could_not_be_read_back_is_refused(name, value, kinds):
+    with pytest.raises(UsageError) as caught:
+        rotjax.plan(rotjax.Rotation(**(SMALL | {"std": (0.2,) * 3 if name == "mean" else None, name: value})))
+    assert str(caught.value) == f"--{name}={value} is of type {kinds}"
+
+
+def test_C9_classes_that_are_numbers_become_names(data, tmp_path):
+    numbered = rotjax.Dataset("noise", tuple(np.arange(3)), data.train, data.test)
+    recipe = rotjax.Classification(**SMALL, max_steps=1, learning_rate=np.float64(0.1))
+    carry_out(recipe, numbered, tmp_path)
+    assert rotjax.load(tmp_path)[2].classes == ("0", "1", "2")
+
+
 def test_a_backbone_of_a_run_that_is_not_finished_is_told(pretrained, data, notes, tmp_path):
     shutil.copytree(pretrained, tmp_path / "run")
     rotjax.plan(rotjax.Classification(pretrained=str(tmp_path / "run"), batch_size=8), data=data)
@@ -607,11 +636,14 @@ def test_F3_a_workdir_that_cannot_be_made_is_refused_before_anything_compiles(st
         assert process.exitcode == code and str(open_folder / name / "run") in line and len(line) < 300, line
 
 
-def test_F3_a_workdir_that_is_moved_away_during_the_run_ends_it_in_a_line(data, tmp_path):
+@pytest.mark.parametrize("replaced", [False, True])
+def test_F3_a_workdir_that_is_moved_away_during_the_run_ends_it_in_a_line(data, tmp_path, replaced):
     with pytest.raises(CheckpointError) as caught:
         for row in rotjax.train(rotjax.plan(rotjax.Rotation(**SMALL), data=data), tmp_path / "run", checkpoint_seconds=0.0):
             if row["step"] == 6:
                 (tmp_path / "run").rename(tmp_path / "elsewhere")
+                if replaced:
+                    (tmp_path / "run").write_text("a file")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
@@ -667,8 +699,11 @@ def test_U3_no_name_leads_out_of_the_folder_of_runs(name):
 
 
 def test_images_without_classes_are_enough_for_rotation_only(data):
-    bare = {"image": data.train["image"], "label": np.full(48, -1, np.int32)}
+    bare = {"image": data.train["image"]}
     unlabelled = rotjax.Dataset("noise", (), bare, bare)
+    assert unlabelled.test["label"].tolist() == [-1] * 48
+    with pytest.raises(DataError, match="the train images of noise have no labels; give one each, or no classes"):
+        rotjax.Dataset("noise", ("a", "b"), bare, bare)
     assert rotjax.plan(rotjax.Rotation(**SMALL), data=unlabelled).steps == 12
     with pytest.raises(DataError, match="has no classes"):
         rotjax.plan(rotjax.Classification(**SMALL), data=unlabelled)

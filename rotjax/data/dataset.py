@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rotjax.data.batches import Arrays
+from rotjax.data.batches import Arrays, unlabelled
 from rotjax.errors import DataError
 
 
@@ -13,7 +13,7 @@ from rotjax.errors import DataError
 class Dataset:
     """`train` and `test` are `{'image': u8[N,H,H,3], 'label': i32[N]}`; labels are -1 where there are no `classes`.
 
-    Raises DataError for arrays of other shapes or dtypes, an empty part, or a label that names no class.
+    Raises DataError for missing labels, arrays of other shapes or dtypes, an empty part, or a label that names no class.
     """
 
     name: str
@@ -22,7 +22,14 @@ class Dataset:
     test: Arrays
 
     def __post_init__(self):
-        for part, arrays in (("train", self.train), ("test", self.test)):
+        object.__setattr__(self, "classes", tuple(map(str, self.classes)))  # which may be numbers
+        for part in ("train", "test"):
+            arrays = getattr(self, part)
+            if "label" not in arrays:
+                if self.classes:
+                    raise DataError(f"the {part} images of {self.name} have no labels; give one each, or no classes")
+                arrays = {**arrays, "label": unlabelled(len(arrays["image"]))}
+                object.__setattr__(self, part, arrays)
             image, label = arrays["image"], arrays["label"]
             where = f"the {part} images of {self.name}"
             if image.dtype != np.uint8 or image.ndim != 4 or image.shape[1] != image.shape[2] or image.shape[3] != 3:

@@ -26,6 +26,7 @@ Record = tuple[np.ndarray | str, int]  # pixels u8 [H,H,3], or why there are non
 
 FILES = ("image.raw", "label.npy")
 DECODER = 1  # to be raised with every change of the pixels that a file gives
+KEY = 32  # hexadecimal digits of a fingerprint
 IN_MEMORY = 10**9  # bytes up to which a set that cannot be stored is held in memory
 
 
@@ -33,7 +34,8 @@ def decoded(key: str, count: int, image_size: int, records: Iterable[Record]) ->
     """`{'image': u8[N,H,H,3], 'label': i32[N]}`, read-only, of the decodable records; and the reasons for the others.
 
     The rows lie in `$XDG_CACHE_HOME/rotjax/decoded/<key>` (`~/.cache` unless set), in the order of `records`, which are
-    only asked for where nothing is stored under `key`; at most `count` are. The reasons go by the number of the record.
+    only asked for where nothing is stored under `key`; at most `count` are. Under a key `<source>-<state>` they replace
+    those of other states of the source. The reasons go by the number of the record.
     Raises DataError where the disk is too small, or cannot be written and the set is too large for memory.
     """
     what, needed = f"{count:,} images at {image_size} px", count * image_size**2 * 3
@@ -66,7 +68,7 @@ def decoded(key: str, count: int, image_size: int, records: Iterable[Record]) ->
 
 def fingerprint(*facts: Any) -> str:
     """A key for what `facts`, values of JSON's types, decide together with this version of the decoder."""
-    return hashlib.sha256(json.dumps([DECODER, *facts], sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([DECODER, *facts], sort_keys=True).encode()).hexdigest()[:KEY]
 
 
 def ahead(function: Callable, items: Iterable) -> Iterator:
@@ -123,11 +125,15 @@ def _same(folder: Path, about: dict) -> bool:
 
 
 def _make_room(folder: Path, what: str, needed: int) -> None:
-    """Removes what is damaged, and what runs that died while decoding left: their locks are free. Raises DataError."""
+    """Removes what is damaged, what other states of the source gave (runs that map it keep it), and what runs that died
+    while decoding left: their locks are free. Raises DataError.
+    """
     if folder.exists():
         log.warning(f"{folder} is damaged, or not of this user; decoding again")
         shutil.rmtree(folder)
-    shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)
+    source = folder.name.partition("-")[0]
+    for old in [folder.with_name(f"{folder.name}.partial"), *folder.parent.glob(f"{source}-" + "[0-9a-f]" * KEY)]:
+        shutil.rmtree(old, ignore_errors=True)
     for lock in folder.parent.glob("*.lock"):
         with suppress(OSError, InUseError), locked(lock, "this cache"):
             shutil.rmtree(lock.with_suffix(".partial"), ignore_errors=True)
@@ -135,7 +141,7 @@ def _make_room(folder: Path, what: str, needed: int) -> None:
     if needed > free:
         raise DataError(
             f"decoding {what} needs {in_bytes(needed)} in {folder.parent}, where {in_bytes(free)} are free; "
-            "make room, lower the image size, or set XDG_CACHE_HOME to a folder on another disk"
+            "remove what you no longer need there, lower the image size, or set XDG_CACHE_HOME to a folder on another disk"
         )
 
 

@@ -38,7 +38,7 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
         raise DataError(f"{shown(folder)} cannot be read ({shown(error)}); check its permissions") from error
     check_fits(batch_size, border)
     facts = [(*photograph, *_state(folder / photograph.name)) for photograph in photographs]
-    key = fingerprint(str(folder.resolve()), image_size, facts)
+    key = f"{fingerprint(str(folder.resolve()), image_size)}-{fingerprint(facts)}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Pillow's, of oddities in files that it reads nevertheless
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -110,7 +110,7 @@ def _pixels(folder: Path, image_size: int, name: str) -> np.ndarray | str:
     except UnidentifiedImageError:
         return "not an image that Pillow opens"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return "too many pixels"
+        return f"more than {(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels: scale it down"
     except OSError as error:
         return reason(error)
     except Exception as error:  # on a damaged file Pillow raises nearly anything

@@ -19,6 +19,17 @@ from rotjax.errors import UsageError, in_bytes
 log = logging.getLogger(__name__)
 
 
+OURS = ("digits", "cifar10", "imagenette")
+
+
+def canonical(name: str) -> str:
+    """The data set `name`; for every way to write the path of a folder of photographs the same: `photos` for `./photos/`."""
+    if not _is_path(name):
+        return name
+    path = str(Path(name))
+    return path if _is_path(path) or (path not in OURS and _is_folder(path)) else f"./{path}"
+
+
 def load(
     name: str,
     *,
@@ -34,7 +45,7 @@ def load(
     are decoded. Raises UsageError for a name that does not exist or fewer training images than `batch_size`, DataError
     for data that is not there or unreadable.
     """
-    if _is_path(name) or (name not in ("", "digits", "cifar10", "imagenette") and _is_folder(name)):
+    if _is_path(name) or (name not in ("", *OURS) and _is_folder(name)):
         return _photographs(name, image_size, batch_size, progress)
     if name == "digits":
         return _digits(image_size)
