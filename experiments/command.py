@@ -8,6 +8,7 @@ import signal
 import stat
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from rotjax.errors import DesertedError, RotjaxError, Stopped, UsageError, reaso
 from rotjax.feed import Where
 from rotjax.recipe import NETWORK
 from rotjax.run import check_cadence
-from rotjax.workdirs import ENDING, heeded
+from rotjax.workdirs import ECHO, ENDING, heeded
 
 log = logging.getLogger(__name__)
 
@@ -173,9 +174,15 @@ def _failed(error: RotjaxError) -> int:
 
 
 def _interrupt(number, frame):
-    """Ends what is under way, at a second signal the process."""
+    """Ends what is under way; at a second signal, not an `ECHO` of the first, the process."""
+    first = time.monotonic()
+
+    def again(number, frame):
+        if time.monotonic() - first > ECHO:
+            os._exit(128 + number)
+
     for kind in ENDING:
-        signal.signal(kind, signal.SIG_DFL)
+        signal.signal(kind, again)
     raise KeyboardInterrupt
 
 

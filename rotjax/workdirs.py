@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from rotjax.recipe_json import differences, from_json, to_json
 log = logging.getLogger(__name__)
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
+ECHO = 1.0  # seconds in which `uv run` and others pass a signal on that has reached the whole group of processes already
 
 
 def read_recipe(workdir: Path) -> Recipe:
@@ -133,7 +135,7 @@ def heeded() -> list[signal.Signals]:
 
 @contextmanager
 def signals() -> Iterator[threading.Event]:
-    """An event that the first of the `heeded` signals sets; a second one ends the process at once."""
+    """An event that the first of the `heeded` signals sets; a second one, not its `ECHO`, ends the process at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -157,14 +159,16 @@ def signals() -> Iterator[threading.Event]:
 
 def _watch(heard: socket.socket, event: threading.Event) -> None:
     """Reads the numbers of signals as they come: Python's handlers wait where XLA compiles, for a minute at times."""
-    count = 0
+    first = None
     while number := heard.recv(1):
-        if number[0] in ENDING:
-            count += 1
+        if number[0] not in ENDING:
+            continue
+        if first is None:
+            first = time.monotonic()
             event.set()
-            if count == 2:
-                os._exit(128 + number[0])
             log.warning("stopping as soon as what is under way is done and saved; a second signal stops at once")
+        elif time.monotonic() - first > ECHO:
+            os._exit(128 + number[0])
 
 
 def _same_data(path: Path, data: Dataset) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 
 import rotjax
 from experiments import command, plots
-from rotjax.workdirs import signals
+from rotjax.workdirs import ECHO, signals
 
 FLAGS = ["--dataset=digits", "--stem=cifar", "--image_size=8", "--width=4", "--max_steps=6", "--log_steps=2"]
 PHASES = {
@@ -25,16 +26,21 @@ PHASES = {
 }
 
 
-def run(connection, workdir, phase=None, kinds=()):
-    """The command; at the beginning of `phase` signals of `kinds` come."""
+def run(connection, workdir, phase=None, kinds=(), pause=0.0):
+    """The command; at the beginning of `phase` signals of `kinds` come, one after another or at once."""
     if phase:
         owner, name = PHASES[phase]
         function = getattr(owner, name)
 
         def interrupted(*arguments, **options):
             setattr(owner, name, function)
+            signal.pthread_sigmask(signal.SIG_BLOCK, kinds)
             for kind in kinds:
                 os.kill(os.getpid(), kind)
+                if pause:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, kinds)
+                    time.sleep(pause)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, kinds)
             return function(*arguments, **options)
 
         setattr(owner, name, interrupted)
@@ -72,13 +78,14 @@ def test_F4_ctrl_c_where_the_reader_of_both_streams_is_gone(start, tmp_path):
 
 
 def test_R3_in_each_phase_of_a_command_a_signal_loses_nothing(call, tmp_path, record_property):
-    """Where a second one comes it stops at once, with nothing corrupt: the same run goes on."""
+    """Where a second one comes it stops at once, with nothing corrupt: the same run goes on. An echo is none."""
     workdir = tmp_path / "run"
     record_property("trials", 3 + len(PHASES))
-    for phase in ("compile", "save", "evaluate"):
-        assert call(workdir, phase, [signal.SIGTERM, signal.SIGINT])[0] == 128 + signal.SIGINT
     for number, phase in enumerate(PHASES):
-        code, said = call(workdir, phase, [(signal.SIGTERM, signal.SIGINT)[number % 2]])
+        if phase in ("compile", "save", "evaluate"):
+            assert call(workdir, phase, [signal.SIGTERM, signal.SIGINT], 1.2 * ECHO)[0] == 128 + signal.SIGINT
+        kinds = [(signal.SIGTERM,), (signal.SIGINT,), (signal.SIGTERM, signal.SIGINT)][number % 3]
+        code, said = call(workdir, phase, kinds)
         assert code == 75 and "Traceback" not in said, (phase, said)
         last = said.splitlines()[-1]
         assert last.startswith("rotjax: stopped") and last.endswith("; the same command resumes") and len(last) < 300
