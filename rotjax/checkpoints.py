@@ -26,7 +26,6 @@ from rotjax.transfer import joined, part
 log = logging.getLogger(__name__)
 
 KEEP = 2  # so that a sound one is there while the newest is written
-SAVING = ocp.options.ArrayOptions.Saving(use_replica_parallel=False)  # else it compiles a program for every slice
 
 
 @dataclass
@@ -77,9 +76,13 @@ def save(checkpoints: Checkpoints, state: TrainState) -> None:
         with parallel.together():
             if parallel.primary():
                 _begin(directory, step, size)
-        with ocp.Context(array_options=ocp.options.ArrayOptions(saving=SAVING)):
+        context = ocp.Context()
+        context.array.saving.use_replica_parallel = False  # else it compiles a program for every slice
+        with context:
             response = ocp.save_checkpointables_async(_absolute(directory / str(step)), _parts(state), overwrite=True)
     except (OSError, ValueError) as error:
+        if parallel.lost(error):
+            raise
         raise _unsaved(directory, step, size, error) from error
     checkpoints.pending = checkpoints.pool.submit(_finish, checkpoints, step, size, response)
 
@@ -183,6 +186,8 @@ def _finish(checkpoints: Checkpoints, step: int, size: int, response: ocp.AsyncR
             if parallel.primary():
                 checkpoints.claim()
                 manifests.discard(directory, step)
+        if parallel.lost(error):
+            raise
         raise _unsaved(directory, step, size, error) from error
 
 

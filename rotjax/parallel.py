@@ -144,14 +144,21 @@ def together() -> Iterator[None]:
         raise FellowError(code)
 
 
+def lost(error: Exception) -> bool:
+    """Whether `error` is what JAX raises here when another process has died."""
+    if not isinstance(error, (jax.errors.JaxRuntimeError, ValueError)):  # as the step was under way or to start
+        return False
+    code = str(error).partition(":")[0]
+    return (code in LOST or (code in VAGUE and bool(LINKS.search(str(error))))) and not alone()  # it asks for devices: last
+
+
 @contextmanager
 def deserted() -> Iterator[None]:
     """Turns what JAX raises here when another process has died into DesertedError."""
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # one or the other, as the step was under way or to start
-        code = str(error).partition(":")[0]
-        if not (code in LOST or (code in VAGUE and LINKS.search(str(error)))) or alone():  # which asks for devices: last
+    except Exception as error:
+        if not lost(error):
             raise
         raise DesertedError(
             f"another process of this run is gone ({reason(error)}); start all again, they resume from the last checkpoint"

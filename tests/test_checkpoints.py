@@ -17,7 +17,7 @@ import pytest
 import tensorstore
 
 from rotjax import checkpoints, manifests
-from rotjax.errors import CheckpointError
+from rotjax.errors import CheckpointError, DesertedError
 from rotjax.files import digest
 from rotjax.training import TrainState
 
@@ -278,6 +278,24 @@ def test_C4_a_disk_that_fills_during_a_save_leaves_the_earlier_ones(tmp_path):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "1.json"]
     equal(restored(tmp_path), state(1, 1))
+
+
+@pytest.mark.parametrize("place", ["together", "save_checkpointables_async"])
+def test_P3_a_process_that_is_lost_in_a_save_is_not_taken_for_a_fault_of_the_disk(tmp_path, monkeypatch, place):
+    owner = {"together": checkpoints.parallel, "save_checkpointables_async": checkpoints.ocp}[place]
+
+    def broken(*arguments, **options):
+        raise ValueError("UNAVAILABLE: Gloo connection closed by peer")
+
+    monkeypatch.setattr(checkpoints.parallel, "alone", lambda: False)
+    monkeypatch.setattr(checkpoints.parallel, "highest", int)
+    with (
+        pytest.raises(DesertedError, match="another process of this run is gone"),
+        checkpoints.parallel.deserted(),
+        checkpoints.open_checkpoints(tmp_path) as opened,
+    ):
+        monkeypatch.setattr(owner, place, broken)
+        checkpoints.save(opened, state(1))
 
 
 def test_C13_values_that_are_not_finite_are_refused(tmp_path):

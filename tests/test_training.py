@@ -218,6 +218,17 @@ def test_rows_come_at_log_steps_and_ends_of_epochs():
     assert int(last.step) == 7 and int(last.sums["count"]) == 16
 
 
+def test_batches_that_end_before_the_last_step_are_an_error():
+    model, optimizer = small(), rotjax.adamw(1e-3)
+    state = training.init_state(optimizer, training.init_variables(model, 0, 8))
+    fitting = rotjax.fit(
+        training.train_step(model, optimizer), state, rotjax.place([batch()] * 2), steps=3, epoch_steps=3, log_steps=1
+    )
+    with pytest.raises(ValueError, match="the batches end at step 2 of 3; give one for each step"):
+        for done, (_, rows) in enumerate(fitting, 1):
+            assert [row["step"] for row in rows] == [done]
+
+
 def test_N1_a_loss_that_is_not_a_number_stops_the_training():
     model, optimizer = small(), rotjax.adamw(1e30)
     state = training.init_state(optimizer, training.init_variables(model, 0, 8))
