@@ -63,7 +63,7 @@ def join() -> None:
     """Joins the processes that a cluster, or the environment, names; to be called before anything else asks for devices.
 
     JAX finds SLURM, Open MPI, Kubernetes and TPU pods by itself; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID say it. Raises UsageError where nothing does.
+    JAX_PROCESS_ID say it. Raises UsageError where nothing does, or JAX has no device.
     """
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM from us, and knows no SIGINT
     try:
@@ -79,6 +79,8 @@ def join() -> None:
             f"--distributed finds no other processes ({reason(error)}); start it by srun or mpirun, or set"
             " JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
+    check_devices()
+    highest(0)  # the first collective waits 30 s for the others, later ones for as long as one of them decodes images
 
 
 def own_gpus(environment: Mapping[str, str]) -> list[int] | None:
