@@ -57,7 +57,7 @@ def run(
     command.check_folder("results", results, there=True)
     parallel.check_devices()
     recipe, summary = read_recipe(pretrained), read_summary(pretrained)
-    size, name = recipe.image_size if image_size is None else image_size, dataset or recipe.dataset
+    size, name = recipe.image_size if image_size is None else image_size, sources.canonical(dataset or recipe.dataset)
     check(dataclasses.replace(recipe, dataset=name, image_size=size))
     data = sources.load(name, image_size=size, data_dir=data_dir, progress=command.decoding)
     tested_on = "test images"

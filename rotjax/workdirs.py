@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 ENDING = (signal.SIGTERM, signal.SIGINT)
 ECHO = 1.0  # seconds in which `uv run` and others pass a signal on that has reached the whole group of processes already
 
+_stopping: list[threading.Event] = []  # of the runs that are under way
+_handlers = ExitStack()  # there is one set of them in a process
+
 
 def read_recipe(workdir: Path) -> Recipe:
     """The recipe of the run in `workdir`; raises CheckpointError where there is none."""
@@ -135,19 +138,35 @@ def heeded() -> list[signal.Signals]:
 
 @contextmanager
 def signals() -> Iterator[threading.Event]:
-    """An event that the first of the `heeded` signals sets; a second one, not its `ECHO`, ends the process at once."""
+    """An event that the first of the `heeded` signals sets; a second one, not its `ECHO`, ends the process at once.
+
+    Runs of one process may overlap: a signal stops them all.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
+    if not _stopping:
+        _handlers.enter_context(_handled())
+    _stopping.append(event)
+    try:
+        yield event
+    finally:
+        _stopping.remove(event)
+        if not _stopping:
+            _handlers.close()
+
+
+@contextmanager
+def _handled() -> Iterator[None]:
     heard, told = socket.socketpair()
     told.setblocking(False)
-    watch = threading.Thread(target=_watch, args=(heard, event), daemon=True)
-    before = {kind: signal.signal(kind, lambda *_: event.set()) for kind in heeded()}
+    watch = threading.Thread(target=_watch, args=(heard,), daemon=True)
+    before = {kind: signal.signal(kind, _stop) for kind in heeded()}
     wakeup = signal.set_wakeup_fd(told.fileno())
     watch.start()
     try:
-        yield event
+        yield
     finally:
         signal.set_wakeup_fd(wakeup)
         for kind, handler in before.items():
@@ -157,7 +176,12 @@ def signals() -> Iterator[threading.Event]:
         heard.close()
 
 
-def _watch(heard: socket.socket, event: threading.Event) -> None:
+def _stop(*_) -> None:
+    for event in _stopping:
+        event.set()
+
+
+def _watch(heard: socket.socket) -> None:
     """Reads the numbers of signals as they come: Python's handlers wait where XLA compiles, for a minute at times."""
     first = None
     while number := heard.recv(1):
@@ -165,7 +189,7 @@ def _watch(heard: socket.socket, event: threading.Event) -> None:
             continue
         if first is None:
             first = time.monotonic()
-            event.set()
+            _stop()
             log.warning("stopping as soon as what is under way is done and saved; a second signal stops at once")
         elif time.monotonic() - first > ECHO:
             os._exit(128 + number[0])

@@ -107,6 +107,17 @@ def test_a_signal_that_a_scripts_background_job_ignores_does_not_stop_training()
         signal.signal(signal.SIGINT, before)
 
 
+def test_runs_that_overlap_all_hear_a_signal_and_the_last_leaves_things_as_they_were():
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    one, other = signals(), signals()
+    first, second = one.__enter__(), other.__enter__()
+    one.__exit__(None, None, None)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert second.wait(5) and not first.is_set()
+    other.__exit__(None, None, None)
+    assert {kind: signal.getsignal(kind) for kind in before} == before
+
+
 def test_C1_the_command_says_on_stderr_that_it_passes_over_a_damaged_checkpoint(call, tmp_path):
     assert call(tmp_path / "run")[0] == 0
     data = max((tmp_path / "run/checkpoints/6").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
