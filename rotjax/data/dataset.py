@@ -11,7 +11,7 @@ from rotjax.errors import DataError
 
 @dataclass(frozen=True)
 class Dataset:
-    """`train` and `test` are `{'image': u8[N,H,H,3], 'label': i32[N]}`; labels are -1 where there are no `classes`.
+    """`train` and `test` are `{'image': u8[N,H,H,3], 'label': i32[N]}`; without `classes` labels are -1, given or not.
 
     Raises DataError for missing labels, arrays of other shapes or dtypes, an empty part, or a label that names no class.
     """
