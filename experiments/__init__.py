@@ -29,7 +29,7 @@ def _with_streams():
 
 def _stop(number, frame):
     with suppress(OSError):
-        os.write(2, b"rotjax: stopped; the same command resumes\n")
+        os.write(2, b"rotjax: stopped before anything was done; run it again\n")
     os._exit(75)
 
 

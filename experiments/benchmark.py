@@ -15,7 +15,7 @@ import grain
 import jax
 
 from experiments import command, overheads, peers, speed
-from experiments.outcomes import RESULTS, commit
+from experiments.outcomes import RESULTS, commit, read_result
 from experiments.report import complain, say
 from experiments.tables import table
 from rotjax import parallel
@@ -185,7 +185,7 @@ def run(only: str = "", repeats: int = 5, results: command.ResultsDir = RESULTS,
             continue
         try:
             result = measure(row, repeats) | {"commit": code}
-        except (RuntimeError, subprocess.CalledProcessError) as error:
+        except (RuntimeError, OSError, RotjaxError, subprocess.CalledProcessError) as error:
             failed.append(row.name)
             complain(f"row {row.name} failed: {reason(error)}")
             continue
@@ -235,7 +235,7 @@ def page(folder: Path) -> str:
     ]
     there: set[str] = set()
     for device in sorted(path for path in folder.iterdir() if path.is_dir()):
-        results = {path.stem: json.loads(path.read_text()) for path in device.glob("*.json")}
+        results = {path.stem: read_result(path) for path in device.glob("*.json")}
         if not results:
             continue
         there |= results.keys()

@@ -40,6 +40,7 @@ DataDir = Annotated[Path | None, default("$TFDS_DATA_DIR, else ~/tensorflow_data
 ResultsDir = Annotated[Path, default("experiments/results of the clone, else ./results")]
 
 
+SMALLER = "free the device of other programs, or use one with more memory"
 THIN = 32  # images of a batch for each device
 HOW = ("log_steps", "checkpoint_seconds", "augment", "steps_per_dispatch", "threads")  # of `rotjax.train`
 
@@ -74,13 +75,14 @@ def main(kind: type[rotjax.Recipe]) -> int:
         run(kind(**dataclasses.asdict(recipe)), execution)
 
     command.__annotations__["recipe"] = flags(kind)
-    return cli(command, kind.job, kind.__doc__)
+    return cli(command, kind.job, kind.__doc__, smaller="lower --batch_size, or say --augment=host")
 
 
-def cli(command, name: str, description: str | None = None, resumes: bool = True) -> int:
+def cli(command, name: str, description: str | None = None, resumes: bool = True, smaller: str = SMALLER) -> int:
     """Calls `command`, guarded, with the flags of `python -m experiments.<name>`, its parameters; returns the exit code.
 
-    `resumes`: whether the same command goes on where a signal stopped it, or begins anew; it says so.
+    `resumes`: whether the same command goes on where a signal stopped it, or begins anew; it says so. `smaller`: what to do
+    where a device's memory is too small.
     """
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
     prog, args = f"python -m experiments.{name}", [_at_home(word) for word in sys.argv[1:]]
@@ -89,6 +91,7 @@ def cli(command, name: str, description: str | None = None, resumes: bool = True
     return guarded(
         lambda: tyro.cli(command, args=args, prog=prog, description=description, config=config, use_underscores=True),
         resumes,
+        smaller,
     )
 
 
@@ -144,7 +147,7 @@ def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
     return dataclass(frozen=True)(shown)
 
 
-def guarded(job, resumes: bool = True) -> int:
+def guarded(job, resumes: bool = True, smaller: str = SMALLER) -> int:
     """Runs `job`; an error of ours, or a signal where nothing is to be saved yet, becomes one line and its exit code."""
     checkpoints.quiet()
     for kind in heeded():
@@ -159,9 +162,7 @@ def guarded(job, resumes: bool = True) -> int:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _failed(
-            UsageError(f"out of memory ({' '.join(str(error).split())[:120]}); lower --batch_size, or say --augment=host")
-        )
+        return _failed(UsageError(f"out of memory ({' '.join(str(error).split())[:120]}); {smaller}"))
     return 0
 
 
@@ -238,18 +239,25 @@ def cache_compilations() -> None:
         jax.config.update("jax_compilation_cache_dir", None)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    _say_once("persistent compilation cache", f"{folder} is damaged; remove it, or every run compiles again")
+    again = "or every run compiles again"
+    _say_once(
+        {
+            "Error reading persistent compilation cache": f"{folder} is damaged; remove it, {again}",
+            "Error writing persistent compilation cache": f"{folder} cannot be written; make room, {again}",
+        }
+    )
 
 
-def _say_once(words: str, line: str) -> None:
-    """Python's warnings with `words` in them, of which a run may get hundreds, become one `line`."""
-    show, said = warnings.showwarning, []
+def _say_once(lines: dict[str, str]) -> None:
+    """Python's warnings that begin with a key of `lines`, of which a run may get hundreds, become one line each."""
+    show, said = warnings.showwarning, set()
 
     def shown(message, *rest, **options):
-        if words not in str(message):
+        line = next((line for words, line in lines.items() if str(message).startswith(words)), None)
+        if line is None:
             show(message, *rest, **options)
-        elif not said:
-            said.append(line)
+        elif line not in said:
+            said.add(line)
             log.warning(line)
 
     warnings.showwarning = shown

@@ -113,9 +113,10 @@ def filters(before: np.ndarray, after: np.ndarray, title: str) -> Figure:
     for axes, kernels, name in zip(figure.subplots(1, 2), (before, after), ("before", "after"), strict=True):
         low, high = kernels.min((0, 1, 2)), kernels.max((0, 1, 2))
         tiles = np.pad((kernels - low) / np.maximum(high - low, 1e-12), ((0, 1), (0, 1), (0, 0), (0, 0)), constant_values=1)
-        tiles = np.moveaxis(tiles, -1, 0)
-        rows = [np.concatenate(list(tiles[at : at + 8]), axis=1) for at in range(0, len(tiles) - len(tiles) % 8, 8)]
-        axes.imshow(np.concatenate(rows or [np.concatenate(list(tiles), axis=1)]))
+        columns = min(8, tiles.shape[-1])
+        tiles = np.pad(tiles, ((0, 0), (0, 0), (0, 0), (0, -tiles.shape[-1] % columns)), constant_values=1)
+        rows = np.split(np.moveaxis(tiles, -1, 0), tiles.shape[-1] // columns)
+        axes.imshow(np.concatenate([np.concatenate(list(row), axis=1) for row in rows]))
         axes.set(title=name, xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     return figure

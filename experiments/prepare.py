@@ -84,6 +84,8 @@ def prepare(
     folder = data_dir / name / str(published.VERSION)
     if folder.exists():
         prepared.opened(folder)
+        if file:
+            log.info(f"{name} is there already: {file} is not read")
         return folder
     archive = archive or catalogued(kind, ARCHIVES[name])
     if file:

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import tyro
 
 from experiments import command
-from experiments.outcomes import RESULTS
+from experiments.outcomes import RESULTS, read_result
 from experiments.report import say
 from experiments.tables import table
 from rotjax.errors import DataError, UsageError, reason
@@ -43,7 +43,7 @@ def run(xml: tyro.conf.Positional[tuple[Path, ...]] = (), results: command.Resul
         write_json(counts, outcome(xml))
     if not counts.is_file():
         raise UsageError(f"there is no {counts} yet; name the file that pytest --junitxml=FILE wrote")
-    write(to, page(json.loads(counts.read_text()), faults))
+    write(to, page(read_result(counts), faults))
     say(str(to))
 
 

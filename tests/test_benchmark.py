@@ -8,7 +8,7 @@ import pytest
 
 from experiments import benchmark, speed
 from experiments.outcomes import RESULTS
-from rotjax.errors import RotjaxError, UsageError
+from rotjax.errors import CheckpointError, RotjaxError, UsageError
 
 
 def test_every_row_is_there():
@@ -37,9 +37,10 @@ def test_a_row_is_measured_and_what_needs_a_gpu_is_not_made_up(tmp_path, capsys,
     assert "| e | crop, flip and turn" in (tmp_path / "performance.md").read_text()
 
 
-def test_a_row_that_fails_is_told_and_the_others_are_measured(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, OSError, CheckpointError])
+def test_a_row_that_fails_is_told_and_the_others_are_measured(tmp_path, capsys, monkeypatch, kind):
     def fails():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory\nand more")
+        raise kind("RESOURCE_EXHAUSTED: no memory\nand more")
 
     rows = (benchmark.Row("x", "", 1.0, True, fails), benchmark.Row("y", "", 1.0, True, lambda: (lambda: 2.0, lambda: 1.0)))
     monkeypatch.setattr(benchmark, "ROWS", rows)

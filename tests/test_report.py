@@ -257,3 +257,13 @@ def test_what_to_do_is_shortened_last():
 def test_the_library_does_not_load_matplotlib():
     program = "import sys, rotjax; sys.exit('matplotlib' in sys.modules or 'tqdm' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(("count", "shape"), [(4, (8, 32)), (8, (8, 64)), (12, (16, 64)), (20, (24, 64))])
+def test_every_filter_is_drawn(count, shape):
+    kernels = np.zeros((7, 7, 3, count))
+    kernels[3, 3] = 1.0
+    figure = plots.filters(kernels, kernels, "filters")
+    for axes in figure.axes:
+        drawn = axes.images[0].get_array()
+        assert drawn.shape == (*shape, 3) and (drawn[:, :, 0] == 0).sum() == 48 * count

@@ -153,5 +153,5 @@ def test_R3_a_signal_while_a_command_imports(tmp_path, kind):
             pass
         process.send_signal(kind)
         said = [line for line in process.stderr if not line.startswith("import time:")]
-    assert process.returncode == 75 and said == ["rotjax: stopped; the same command resumes\n"]
+    assert process.returncode == 75 and said == ["rotjax: stopped before anything was done; run it again\n"]
     assert not (tmp_path / "run").exists()
