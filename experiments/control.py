@@ -52,7 +52,7 @@ def control(
     if (begun := trained.after) and not (workdirs / begun.name / "summary.json").exists():
         first = f"run python -m experiments.reproduce --only={begun.row} first, or name the --workdirs where it is"
         raise UsageError(f"{run} starts from {begun.name}, which is not complete in {workdirs}; {first}")
-    command.check_folder("results", results)
+    tables.check(results)
     command.check_folder("data_dir", data_dir)
     try:
         networks()

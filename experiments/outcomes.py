@@ -56,7 +56,10 @@ def load(folder: Path) -> list[Outcome]:
             epochs = [row for row in read_rows(path.with_suffix(".jsonl")) if "test_accuracy" in row]
         except CheckpointError as error:
             raise CheckpointError(f"{path}l is missing or damaged; remove both, and run again what wrote them") from error
-        outcomes.append(Outcome(path.stem, **read_result(path), epochs=epochs))
+        try:
+            outcomes.append(Outcome(path.stem, **read_result(path), epochs=epochs))
+        except TypeError as error:  # of a field that is missing, or that is none
+            raise CheckpointError(f"{path} is no result of a run ({reason(error)}); move it elsewhere") from error
     return sorted(outcomes, key=lambda one: ((*ROWS, *STRONG).index(one.row), one.variant, one.task != "rotation", one.seed))
 
 
@@ -71,9 +74,11 @@ def probes(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """The content of a result's JSON; raises CheckpointError."""
+    """The content of a result's JSON, an object; raises CheckpointError."""
     try:
-        return read_json(path)
+        if not isinstance(result := read_json(path), dict):
+            raise ValueError("it is no result")
+        return result
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({reason(error)}); remove it, and run again what wrote it") from error
 
@@ -96,11 +101,15 @@ def subset_scores(outcomes: Sequence[Outcome], kind: str, whole: str, count: int
 
 
 def commit() -> str:
-    """The commit of the code that runs, with `+` where files other than results differ from it; empty outside a clone."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The commit of the code that runs, with `+` where its files, other than results, differ; empty outside a clone."""
+
+    def git(*words: str) -> str:
+        made = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(made, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/", f":!{CLONE.name}"], check=False).returncode
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # else another project's clone is around this package
+        changed = git("status", "--porcelain", "--", ":/*.py", ":/pyproject.toml")
+        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return head.stdout.strip() + "+" * bool(changed)

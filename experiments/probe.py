@@ -1,6 +1,8 @@
 """What the features of a backbone are worth as they are: `python -m experiments.probe --help`."""
 
 import dataclasses
+import hashlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +43,7 @@ def run(
 
     Features are the spatial mean of each stage's map. Logistic regression and k-nearest neighbours are fitted to those
     of the training images and scored on those of the test images; the same is done for randomly initialised weights.
-    The scores are written to probe-<dataset>.json in the workdir.
+    The scores are written to probe-<dataset>.json in the workdir; the name tells other sizes and folders apart.
 
     Args:
         pretrained: Workdir of the run whose network it is.
@@ -54,7 +56,8 @@ def run(
     if neighbors < 1:
         raise UsageError(f"--neighbors={neighbors} is too small; it is at least 1")
     command.check_folder("data_dir", data_dir)
-    command.check_folder("results", results, there=True)
+    if results:
+        tables.check(results, there=True)
     parallel.check_devices()
     recipe, summary = read_recipe(pretrained), read_summary(pretrained)
     size, name = recipe.image_size if image_size is None else image_size, sources.canonical(dataset or recipe.dataset)
@@ -68,6 +71,8 @@ def run(
         raise DataError(f"{data.name} has no classes to tell apart; name a set that has, --dataset")
     if neighbors > train:
         raise UsageError(f"--neighbors={neighbors} is more than the {train} training images; lower it")
+    named = _named(name, data, recipe.image_size)
+    kept = [command.made(pretrained), *([command.made(results / "probes")] if results else [])]
     command.cache_compilations()
     model, trained, _ = rotjax.load(pretrained)
     networks = {"random": rotjax.init_variables(model, recipe.seed, recipe.image_size), "trained": trained}
@@ -93,12 +98,11 @@ def run(
         "versions": versions("rotjax", "jax", "scikit-learn"),
         "stages": stages,
     }
-    named = data.name.replace("/", "-")
-    path = pretrained / f"probe-{named}.json"
-    write_json(path, result)
-    say(f"\n{path}")
+    paths = [folder / f"{begin}-{named}.json" for folder, begin in zip(kept, ("probe", result["run"]), strict=False)]
+    for path in paths:
+        write_json(path, result)
+    say(f"\n{paths[0]}")
     if results:
-        write_json(command.made(results / "probes") / f"{result['run']}-{named}.json", result)
         tables.write(results)
         say(str(results / "README.md"))
 
@@ -118,6 +122,13 @@ def probed(model: rotjax.Classifier, networks: dict[str, dict], data: rotjax.Dat
                 for name, (train, test) in parts.items()
             }
         yield scores
+
+
+def _named(name: str, data: rotjax.Dataset, usual: int) -> str:
+    """What tells `data`, loaded as `name`, from others in the name of a file: for a folder its path, and another size."""
+    path = hashlib.sha256(os.fsencode(Path(name).expanduser().resolve())).hexdigest()[:8] if sources.is_path(name) else ""
+    size = f"{data.image_size}px" * (data.image_size != usual)
+    return "-".join(filter(None, (data.name.replace("/", "-"), size, path)))
 
 
 def _probe(kind: str, neighbors: int) -> Pipeline:

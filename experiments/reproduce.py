@@ -1,7 +1,6 @@
 """Reproduces the report that rotjax implements: `python -m experiments.reproduce`."""
 
 import dataclasses
-import shutil
 import statistics
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from experiments.outcomes import RESULTS, accuracy, commit, read_result
 from experiments.report import say
 from experiments.rows import Run, runs, shortened
 from rotjax.errors import UsageError
-from rotjax.files import read_rows, write_json, writing
+from rotjax.files import read_rows, write, write_json, writing
 from rotjax.presets import Preset
 from rotjax.recipe import NETWORK, Classification
 from rotjax.recipe_json import to_json
@@ -63,7 +62,7 @@ def run(settings: Settings) -> None:
         if (value := getattr(settings, name)) is not None and value < 1:
             raise UsageError(f"--{name}={value} is too small; it is at least 1")
     command.check_folder("workdirs", settings.workdirs)
-    command.check_folder("results", settings.results)
+    tables.check(settings.results)
     every = runs(settings.seeds, settings.preset)
     if settings.max_steps:
         every = [shortened(run, settings.max_steps) for run in every]
@@ -76,6 +75,8 @@ def run(settings: Settings) -> None:
     for this in left:
         say(f"\n{overview(asked, settings, this)}\n")
         carry_out(this, settings)
+    if tables.old(settings.results):  # of a run that was stopped at its very end
+        tables.write(settings.results)
     say(f"\n{overview(asked, settings)}")
     say(f"\n{settings.results / 'README.md'}")
 
@@ -131,9 +132,9 @@ def carry_out(run: Run, settings: Settings) -> None:
     if run.after:
         result["pretext"] = accuracy(read_summary(settings.workdirs / run.after.name))
     with writing(settings.results):
-        shutil.copyfile(workdir / "metrics.jsonl", folder / f"{run.name}.jsonl")
+        write(folder / f"{run.name}.jsonl", (workdir / "metrics.jsonl").read_bytes())
         for name, kept in PICTURED.get(run.name, {}).items():
-            shutil.copyfile(workdir / name, settings.results / kept)
+            write(settings.results / kept, (workdir / name).read_bytes())
     write_json(folder / f"{run.name}.json", result)  # last: with it the run is done, see `done`
     tables.write(settings.results)
 
@@ -159,6 +160,8 @@ def overview(asked: Sequence[Run], settings: Settings, running: Run | None = Non
             summary = read_summary(settings.workdirs / run.name)
             state = f"{accuracy(summary):.2f}%"
             speeds += [summary["images_per_second"] * cost(run)] if summary["images_per_second"] else []
+        elif (settings.workdirs / run.name / "summary.json").exists():
+            state = f"complete, but not among {settings.results}"
         else:
             state = "running" if run is running else f"interrupted at step {steps}" if steps else "left"
             left += (total - steps) * run.recipe.resolved().views * cost(run)

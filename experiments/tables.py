@@ -7,13 +7,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import get_args
 
 from experiments import command, comparison
 from experiments.outcomes import PROBES, RESULTS, Outcome, accuracy, controls, load, mean, probes, subset_scores
 from experiments.report import say
 from experiments.rows import ROWS, STRONG, SUBSETS, WHOLE, Run, runs
 from rotjax import files
+from rotjax.errors import UsageError
+from rotjax.locks import locked
+from rotjax.presets import Preset
 
+TITLE = "# Results\n\nMade by `python -m experiments.reproduce`"
 BEGINNINGS = {"3a": ("row 1", "64.69"), "3b": ("random weights", "40.66")}  # and the report's first epoch
 
 
@@ -28,24 +33,39 @@ def run(results: command.ResultsDir = RESULTS) -> None:
     Args:
         results: Folder of the results.
     """
-    command.check_folder("results", results, there=True)
+    check(results, there=True)
     write(results)
     say(str(results / "README.md"))
 
 
+def check(folder: Path, there: bool = False) -> None:
+    """Raises UsageError where `folder` can hold no results, or has a page that was not made of some."""
+    command.check_folder("results", folder, there)
+    page = folder / "README.md"
+    if page.is_file() and not page.read_bytes().startswith(TITLE.encode()):
+        raise UsageError(f"--results={folder} holds a README.md that is not of results; name another folder")
+
+
+def old(folder: Path) -> bool:
+    """Whether the page is not there, or older than a result of a run."""
+    page, results = folder / "README.md", (folder / "runs").glob("*.json")
+    return not page.exists() or any(path.stat().st_mtime_ns > page.stat().st_mtime_ns for path in results)
+
+
 def write(folder: Path) -> None:
-    """Writes `README.md` and the figures in `folder` from the results in `folder/runs`."""
-    outcomes = load(folder)
-    comparison.draw(folder, [one for one in outcomes if one.whole])
-    pictures = [path.name for path in folder.glob("*.png")]
-    files.write(folder / "README.md", readme(outcomes, pictures, controls(folder), probes(folder)))
+    """Writes `README.md` and the figures in `folder` from the results in `folder/runs`, one process after the other."""
+    with files.writing(folder), locked(folder / ".lock", f"the page of {folder}", wait=True):
+        outcomes = load(folder)
+        comparison.draw(folder, [one for one in outcomes if one.whole])
+        pictures = [path.name for path in folder.glob("*.png")]
+        files.write(folder / "README.md", readme(outcomes, pictures, controls(folder), probes(folder)))
 
 
 def readme(outcomes: Sequence[Outcome], pictures: Sequence[str], torch: Mapping[str, dict], probed: Sequence[dict]) -> str:
     """The page about `outcomes`, with those `pictures`, and what `controls` by PyTorch and `probes` say."""
     whole = [one for one in outcomes if one.whole]
     parts = [
-        "# Results\n\nMade by `python -m experiments.reproduce`; again from `runs/` by `python -m experiments.tables`.\n"
+        f"{TITLE}; again from `runs/` by `python -m experiments.tables`.\n"
         "Test accuracy in % after the last epoch, the mean over seeds and, from two on, their standard deviation.\n"
         "Rotations are scored on all four turns of every test image. The report's are single runs. A band is where\n"
         "the mean was expected before the first run. Minutes count waiting, too, where runs shared a machine.",
@@ -143,13 +163,18 @@ def _data_notes(outcomes: Sequence[Outcome]) -> list[str]:
 def _other_beginnings(outcomes: Sequence[Outcome]) -> list[str]:
     """Which runs start from a training of an earlier row that is not, or no longer, the one in the table."""
     scores = {one.name: one.score for one in outcomes}
-    after = {run.name: run.after.name for run in runs(seeds=1 + max((one.seed for one in outcomes), default=0)) if run.after}
+    seeds = 1 + max((one.seed for one in outcomes), default=0)
+    after = {run.name: run.after.name for preset in get_args(Preset) for run in runs(seeds, preset) if run.after}
     other: dict[tuple[str, float], list[str]] = {}
     for one in outcomes:
         begun = after.get(one.name)
         if one.pretext and begun in scores and not math.isclose(one.pretext, scores[begun]):
-            other.setdefault((begun, one.pretext), []).append("row 4" if one.row == "4" else one.name)
-    parts = [f"{', '.join(dict.fromkeys(names))} from {begun} with {score:.2f}" for (begun, score), names in other.items()]
+            other.setdefault((begun, one.pretext), []).append(one.name)
+    few = {one.name for one in outcomes if one.row == "4" and one.pretext}
+    for names in other.values():
+        if few and few <= {*names}:
+            names[:] = [*(name for name in names if name not in few), "row 4"]
+    parts = [f"{', '.join(names)} from {begun} with {score:.2f}" for (begun, score), names in other.items()]
     return [f"From another training than the one in the table: {'; '.join(parts)}."] if parts else []
 
 
@@ -197,9 +222,10 @@ def _probes(probed: Sequence[dict], scores: Mapping[str, float]) -> list[str]:
     """Of each run its probes; `scores` are of the runs in the table: another training may have been probed."""
     parts = []
     for one in probed:
-        other = " (another training than the one above)" * (scores.get(one["run"]) != one["accuracy"])
+        other = " (another training than the one above)" * (scores.get(one["run"], one["accuracy"]) != one["accuracy"])
+        data = f"{one['dataset']}, {one['image_size']} px{other}"
         title = (
-            f"## Features of {one['run']} on {one['dataset']}{other}\n\nAccuracy in % on {one['tested_on']}, from the mean "
+            f"## Features of {one['run']} on {data}\n\nAccuracy in % on {one['tested_on']}, from the mean "
             f"over each stage's map, by `python -m experiments.probe`:\nlogistic regression, and the "
             f"{one['neighbors']} nearest of {one['train_images']:,} images. random: random weights; trained: those of a run "
             f"with {one['accuracy']:.2f} % at its own task."

@@ -76,6 +76,17 @@ def test_the_command_leaves_its_scores_in_the_workdir_and_among_results(workdir,
     assert outcomes.probes(tmp_path) == [result] and f"Features of {workdir.name}" in (tmp_path / "README.md").read_text()
 
 
+def test_scores_on_other_folders_of_the_same_name_and_other_sizes_are_kept_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("cats", "dogs"):
+        (tmp_path / folder / "images").mkdir(parents=True)
+    data = rotjax.Dataset("images", ("a", "b", "c"), shades(3, 3), shades(3, 3))
+    same = ("dogs/images", "./dogs/images/", str(tmp_path / "dogs/images"))
+    names = [probe._named(name, data, 16) for name in ("cats/images", *same)]
+    assert names[0] != names[1] == names[2] == names[3] and {name.partition("-")[0] for name in names} == {"images"}
+    assert probe._named("imagenette", data, 16) == "images" and probe._named("imagenette", data, 8) == "images-16px"
+
+
 def test_what_cannot_be_probed_is_refused(workdir, tmp_path):
     from PIL import Image
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from experiments import comparison, control, outcomes, reproduce, tables
 from experiments.rows import ROWS, STRONG, Run, runs, shortened
 from rotjax import optim
-from rotjax.errors import DataError, UsageError
+from rotjax.errors import CheckpointError, DataError, UsageError
 from rotjax.recipe import Classification, Rotation
 
 SMALL = dict(dataset="digits", stem="cifar", image_size=8, width=4, batch_size=64, max_steps=3)
@@ -104,6 +106,9 @@ def test_one_command_runs_what_is_missing_and_then_nothing_but_not_a_changed_rec
     before = {path: path.stat().st_mtime_ns for path in small.results.rglob("*")}
     reproduce.run(small)
     assert {path: path.stat().st_mtime_ns for path in small.results.rglob("*")} == before
+    (small.results / "README.md").unlink()  # as a signal between the last result and the page leaves it
+    reproduce.run(small)
+    assert (small.results / "README.md").read_text() == page
     (result,) = (small.results / "runs").glob("3a-*.json")
     result.write_text(result.read_text().replace('"accuracy": ', '"accuracy": 9'))  # of another training
     reproduce.run(small)
@@ -135,6 +140,8 @@ def test_what_is_left_is_shown_with_an_estimate(small, capsys):
     (small.workdirs / other / "metrics.jsonl").write_text('{"step": 2}\n{"step')  # as a full disk cuts a row off
     reproduce.run(dataclasses.replace(small, list=True))
     assert " interrupted at step 2\n" in capsys.readouterr().out
+    reproduce.run(dataclasses.replace(small, list=True, results=small.results / "other"))
+    assert f"complete, but not among {small.results / 'other'}\n" in capsys.readouterr().out
 
 
 def test_a_trial_is_told_from_the_run():
@@ -201,6 +208,10 @@ def test_the_page_says_which_runs_have_other_data_or_start_from_another_training
     page = tables.readme([one, dataclasses.replace(two, data_note="", pretext=78.0)], (), {}, ())
     assert f"Data: {one.data_note} ({one.name}); nothing is said of cifar10 ({two.name})." in page
     assert f"From another training than the one in the table: {two.name} from {one.name} with 78.00." in page
+    few = [dataclasses.replace(one, row="4", name=name, pretext=78.0) for name in ("4-full-20-classification-seed0",) * 2]
+    assert f"table: row 4 from {one.name} with 78.00." in tables.readme([one, few[0]], (), {}, ())
+    few[1] = dataclasses.replace(few[1], name="4-full-20-classification-seed1", pretext=one.score)
+    assert f"table: {few[0].name} from {one.name} with 78.00." in tables.readme([one, *few], (), {}, ())
 
 
 def test_the_commit_of_a_result_tells_of_changed_code_not_of_other_results(tmp_path, monkeypatch):
@@ -219,8 +230,48 @@ def test_the_commit_of_a_result_tells_of_changed_code_not_of_other_results(tmp_p
     head = git("rev-parse", "--short=12", "HEAD")
     result.write_text("after")
     assert outcomes.commit() == head
+    (tmp_path / "notes.txt").write_text("no code")
+    assert outcomes.commit() == head
+    (tmp_path / "new.py").write_text("code")
+    assert outcomes.commit() == f"{head}+"
+    (tmp_path / "new.py").unlink()
     code.write_text("after")
     assert outcomes.commit() == f"{head}+"
+    monkeypatch.setattr(outcomes, "__file__", str(tmp_path / "experiments" / "installed.py"))
+    assert outcomes.commit() == "", "the clone around an installed package is another project's"
+
+
+def test_a_page_that_is_not_of_results_is_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    asked = f"--results={tmp_path} holds a README.md that is not of results; name another folder"
+    for command in (
+        lambda: tables.run(tmp_path),
+        lambda: reproduce.run(reproduce.Settings(workdirs=tmp_path / "runs", results=tmp_path)),
+        lambda: control.control("1-rotation-seed0", results=tmp_path),
+    ):
+        with pytest.raises(UsageError) as caught:
+            command()
+        assert str(caught.value) == asked
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"colour": "blue"}'])
+def test_a_result_that_is_none_is_named_in_a_line(tmp_path, content):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "a.json").write_text(content)
+    (tmp_path / "runs" / "a.jsonl").write_text("")
+    with pytest.raises(CheckpointError, match=r"a\.json (cannot be read|is no result of a run)"):
+        tables.write(tmp_path)
+
+
+def test_pages_that_are_written_at_once_are_whole(tmp_path):
+    (tmp_path / "runs").mkdir()
+    for path in (outcomes.RESULTS / "runs").glob("3?-classification-seed0.json*"):
+        shutil.copy(path, tmp_path / "runs")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(tables.write, [tmp_path] * 4))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert "README.md" in names and not [name for name in names if name.endswith((".partial", ".lock"))]
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,10 @@ OURS = ("digits", "cifar10", "imagenette")
 
 def canonical(name: str) -> str:
     """The data set `name`; for every way to write the path of a folder of photographs the same: `photos` for `./photos/`."""
-    if not _is_path(name):
+    if not is_path(name):
         return name
     path = str(Path(name))
-    return path if _is_path(path) or (path not in OURS and _is_folder(path)) else f"./{path}"
+    return path if is_path(path) else f"./{path}"
 
 
 def load(
@@ -45,7 +45,7 @@ def load(
     are decoded. Raises UsageError for a name that does not exist or fewer training images than `batch_size`, DataError
     for data that is not there or unreadable.
     """
-    if _is_path(name) or (name not in ("", *OURS) and _is_folder(name)):
+    if is_path(name):
         return _photographs(name, image_size, batch_size, progress)
     if name == "digits":
         return _digits(image_size)
@@ -82,8 +82,10 @@ def validated(data: Dataset, fraction: float) -> Dataset:
     return dataclasses.replace(data, train=train, test=test)
 
 
-def _is_path(name: str) -> bool:
-    return name.startswith(("/", "./", "../", "~")) or name.endswith("/")
+def is_path(name: str) -> bool:
+    """Whether `name` is taken for the path of a folder of photographs, there or not."""
+    path = name.startswith(("/", "./", "../", "~")) or name.endswith("/")
+    return path or (name not in ("", *OURS) and _is_folder(name))
 
 
 def _is_folder(name: str) -> bool:
