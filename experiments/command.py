@@ -8,7 +8,6 @@ import signal
 import stat
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from rotjax.errors import DesertedError, RotjaxError, Stopped, UsageError, reaso
 from rotjax.feed import Where
 from rotjax.recipe import NETWORK
 from rotjax.run import check_cadence
-from rotjax.workdirs import ECHO, ENDING, heeded
+from rotjax.workdirs import heeded, second_signal
 
 log = logging.getLogger(__name__)
 
@@ -175,14 +174,9 @@ def _failed(error: RotjaxError) -> int:
 
 
 def _interrupt(number, frame):
-    """Ends what is under way; at a second signal, not an `ECHO` of the first, the process."""
-    first = time.monotonic()
-
-    def again(number, frame):
-        if time.monotonic() - first > ECHO:
-            os._exit(128 + number)
-
-    for kind in ENDING:
+    """Ends what is under way; at a second signal, not an echo of the first, the process."""
+    again = second_signal()
+    for kind in heeded():
         signal.signal(kind, again)
     raise KeyboardInterrupt
 
@@ -198,9 +192,7 @@ def run(recipe: rotjax.Recipe, execution: Execution) -> None:
 def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Plan]:
     """The workdir of `recipe`, trained under a progress bar, with figures beside the run's files; and its plan."""
     check_cadence(execution.log_steps, execution.checkpoint_seconds)
-    if execution.distributed:
-        parallel.join()
-    parallel.check_devices()
+    (parallel.join if execution.distributed else parallel.check_devices)()
     feed.check(execution.steps_per_dispatch, execution.threads)
     if not parallel.primary():
         sys.stdout = None

@@ -218,8 +218,8 @@ def fit(
     `step` is a `train_step`, or a `train_steps` on several stacked batches. `rows` has one row every `log_steps` steps, with
     that batch's metrics, and one at the end of each epoch (every `epoch_steps` steps, and at `steps`), see `epoch_row`. A
     yielded state is donated when the next is requested. Raises NonFiniteError at the first row after a loss or variables
-    that are not finite, ValueError for stacked batches that straddle epochs or go beyond `steps`,
-    or batches that end before.
+    that are not finite, ValueError for stacked batches that straddle epochs or go beyond `steps`, and for batches that end
+    before.
     """
     number, batches = start, iter(batches)
     batch = next(batches, None) if number < steps else None

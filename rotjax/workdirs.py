@@ -136,6 +136,17 @@ def heeded() -> list[signal.Signals]:
     return [kind for kind in ENDING if signal.getsignal(kind) != signal.SIG_IGN]
 
 
+def second_signal() -> Callable[..., None]:
+    """What to do at signals after a first, which came now: `(number, *_)` ends the process, unless it is an `ECHO`."""
+    first = time.monotonic()
+
+    def again(number: int, *_) -> None:
+        if time.monotonic() - first > ECHO:
+            os._exit(128 + number)
+
+    return again
+
+
 @contextmanager
 def signals() -> Iterator[threading.Event]:
     """An event that the first of the `heeded` signals sets; a second one, not its `ECHO`, ends the process at once.
@@ -183,16 +194,16 @@ def _stop(*_) -> None:
 
 def _watch(heard: socket.socket) -> None:
     """Reads the numbers of signals as they come: Python's handlers wait where XLA compiles, for a minute at times."""
-    first = None
+    again = None
     while number := heard.recv(1):
         if number[0] not in ENDING:
             continue
-        if first is None:
-            first = time.monotonic()
-            _stop()
-            log.warning("stopping as soon as what is under way is done and saved; a second signal stops at once")
-        elif time.monotonic() - first > ECHO:
-            os._exit(128 + number[0])
+        if again:
+            again(number[0])
+            continue
+        again = second_signal()
+        _stop()
+        log.warning("stopping as soon as what is under way is done and saved; a second signal stops at once")
 
 
 def _same_data(path: Path, data: Dataset) -> None:

@@ -107,6 +107,17 @@ def test_a_signal_that_a_scripts_background_job_ignores_does_not_stop_training()
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_signal_that_was_ignored_stays_so_after_the_first_of_a_command():
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert command.guarded(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 75
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
 def test_runs_that_overlap_all_hear_a_signal_and_the_last_leaves_things_as_they_were():
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     one, other = signals(), signals()
