@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+import rotjax
 from rotjax.data.decoded import decoded, fingerprint
 from rotjax.errors import DataError
 
@@ -29,15 +30,13 @@ def home(tmp_path, monkeypatch):
     return tmp_path / "rotjax" / "decoded"
 
 
-def records():
-    yield from zip(PIXELS[:3], (7, 8, 9), strict=True)
-    yield "truncated", 9
-    yield from zip(PIXELS[3:], (-1, 0), strict=True)
+def records(start=0):
+    first, last = zip(PIXELS[:3], (7, 8, 9), strict=True), zip(PIXELS[3:], (-1, 0), strict=True)
+    return [*first, ("truncated", 9), *last][start:]
 
 
-def never():
+def never(start):
     raise AssertionError("decoded again")
-    yield
 
 
 def check(result):
@@ -54,14 +53,14 @@ def names(folder):
 
 
 def test_stored_once_and_mapped(home, notes):
-    check(decoded(KEY, 6, SIZE, records()))
+    check(decoded(KEY, 6, SIZE, records))
     assert notes == [f"decoding 6 images at 8 px into a 1.2 kB cache in {home / KEY}"]
-    result = decoded(KEY, 6, SIZE, never())
+    result = decoded(KEY, 6, SIZE, never)
     check(result)
     assert isinstance(result[0]["image"].base, np.memmap) and len(notes) == 1
     assert names(home) == [KEY]
     with pytest.raises(AssertionError, match="decoded again"):
-        decoded(fingerprint("other"), 6, SIZE, never())
+        decoded(fingerprint("other"), 6, SIZE, never)
 
 
 def test_key_depends_on_every_fact():
@@ -100,42 +99,42 @@ def flip(path):
     ],
 )
 def test_D4_damage_is_noticed_and_mended(home, damage, notes):
-    check(decoded(KEY, 6, SIZE, records()))
+    check(decoded(KEY, 6, SIZE, records))
     damage(home / KEY)
     notes.clear()
-    check(decoded(KEY, 6, SIZE, records()))
+    check(decoded(KEY, 6, SIZE, records))
     assert notes[0] == f"{home / KEY} is damaged, or not of this user; decoding again"
-    check(decoded(KEY, 6, SIZE, never()))
+    check(decoded(KEY, 6, SIZE, never))
     assert names(home) == [KEY]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
 def test_D4_a_cache_of_another_user_is_not_read(home, notes):
-    check(decoded(KEY, 6, SIZE, records()))
+    check(decoded(KEY, 6, SIZE, records))
     os.chown(home / KEY, 12345, 12345)
     with pytest.raises(AssertionError, match="decoded again"):
-        decoded(KEY, 6, SIZE, never())
+        decoded(KEY, 6, SIZE, never)
     assert "not of this user" in notes[1]
 
 
 def test_D4_killed_while_decoding(home, notes):
-    """Another process decodes, this one waits for it, it is killed: this one decodes, and nothing is left of the other."""
+    """Another process decodes, this one waits for it, it is killed: this one decodes, and goes on with nothing unsaved."""
     program = f"""
 import os, sys, threading, time, numpy as np
 from rotjax.data.decoded import decoded
-def records():
+def records(start):
     yield np.zeros(({SIZE}, {SIZE}, 3), np.uint8), 0
     os.write(1, b"decoding\\n")  # at once: print interleaves with the other thread's
     time.sleep(600)
 for key in sys.argv[1:]:
-    threading.Thread(target=decoded, args=(key, 6, {SIZE}, records())).start()
+    threading.Thread(target=decoded, args=(key, 6, {SIZE}, records)).start()
 """
     keys = [KEY, fingerprint("never asked for again")]
     process = subprocess.Popen([sys.executable, "-c", program, *keys], stdout=subprocess.PIPE)
     with ThreadPoolExecutor(1) as pool:
         try:
             assert process.stdout and [process.stdout.readline() for _ in keys] == [b"decoding\n"] * 2
-            result = pool.submit(decoded, KEY, 6, SIZE, records())
+            result = pool.submit(decoded, KEY, 6, SIZE, records)
             deadline = time.monotonic() + 60
             while not notes and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -147,19 +146,102 @@ for key in sys.argv[1:]:
     assert process.returncode == -signal.SIGKILL
     assert f"in use by process {process.pid} on {socket.gethostname()}; waiting" in notes[0]
     assert "damaged" not in "".join(notes)
-    assert names(home) == [KEY]
+    left = [f"{keys[1]}.{kind}" for kind in ("lock", "partial")]  # for whoever asks for it, or needs the room
+    assert names(home) == sorted([KEY, *left])
+
+
+def stopped(start):
+    yield from records()[start:5]
+    raise KeyboardInterrupt
+
+
+def stop():
+    with pytest.raises(KeyboardInterrupt):
+        decoded(KEY, 6, SIZE, stopped)
+
+
+def test_R3_a_decode_that_is_stopped_goes_on_where_it_was(home, notes):
+    asked = []
+
+    def rest(start):
+        asked.append(start)
+        return records(start)
+
+    stop()
+    assert names(home) == [f"{KEY}.partial"]
+    stop()
+    check(decoded(KEY, 6, SIZE, rest))
+    assert asked == [5] and notes[-1] == "5 of them are there already"
+    check(decoded(KEY, 6, SIZE, never))
+    assert names(home) == [KEY] and names(home / KEY) == ["image.raw", "label.npy", "metadata.json"]
+
+
+def test_R3_a_decode_that_is_stopped_once_all_is_decoded_is_finished(home, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("rotjax.data.decoded.digest", lambda path: next(stopped(5)))
+        stop()
+    check(decoded(KEY, 6, SIZE, lambda start: records(start)[: 6 - start]))
+
+
+def die(connection, home):
+    os.environ["XDG_CACHE_HOME"] = str(home)
+    rotjax.data.decoded.SAVE_SECONDS = -1
+    decoded(KEY, 6, SIZE, lambda start: (os.kill(os.getpid(), 9) if n == 4 else r for n, r in enumerate(records())))
+
+
+def test_R1_a_decode_that_is_killed_goes_on_from_what_it_saved(start, tmp_path):
+    process, _ = start(os.devnull, die, tmp_path)
+    process.join()
+    check(decoded(KEY, 6, SIZE, lambda start: records(start) if start == 4 else never(start)))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda partial: os.truncate(partial / "image.raw", 4 * 192 - 1),
+        lambda partial: (partial / "image.raw").unlink(),
+        lambda partial: (partial / "rows.json").unlink(),
+        lambda partial: (partial / "rows.json").write_text('[7, 8, 9, "trunc'),
+        lambda partial: (partial / "rows.json").write_text("[7, 8, 9, null, -1]"),
+        lambda partial: (partial / "rows.json").write_text("7"),
+    ],
+)
+def test_D4_what_a_stopped_decode_left_is_not_trusted_where_it_is_damaged(home, damage):
+    stop()
+    damage(home / f"{KEY}.partial")
+    check(decoded(KEY, 6, SIZE, lambda start: never(start) if start else records()))
+
+
+def test_pixels_without_a_row_are_cut_off(home):
+    stop()
+    with open(home / f"{KEY}.partial" / "image.raw", "ab") as file:
+        file.write(b"\1" * 100)
+    check(decoded(KEY, 6, SIZE, records))
+
+
+def test_what_others_left_goes_where_room_is_short_or_its_source_has_another_state(home, monkeypatch):
+    usage, source = namedtuple("usage", "total used free"), "0" * 32
+    decoded(f"{source}-{KEY}", 6, SIZE, records)
+    (home / f"{source}-{'1' * 32}.partial").mkdir()
+    stop()
+    decoded(f"{source}-{'2' * 32}", 6, SIZE, records)
+    assert names(home) == sorted([f"{source}-{'2' * 32}", f"{KEY}.partial"])
+    free = iter([0, 10**9])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, next(free)))
+    decoded(fingerprint("large"), 6, SIZE, records)
+    assert names(home) == sorted([f"{source}-{'2' * 32}", fingerprint("large")])
 
 
 def test_D4_two_at_once_decode_once():
     both, asked = threading.Barrier(2), []
 
-    def counted():
+    def counted(start):
         asked.append(1)
-        yield from records()
+        return records(start)
 
     def ask():
         both.wait()
-        return decoded(KEY, 6, SIZE, counted())
+        return decoded(KEY, 6, SIZE, counted)
 
     with ThreadPoolExecutor(2) as pool:
         for result in [pool.submit(ask) for _ in range(2)]:
@@ -168,14 +250,14 @@ def test_D4_two_at_once_decode_once():
 
 
 def test_a_failed_decode_leaves_nothing(home):
-    def failing():
+    def failing(start):
         yield PIXELS[0], 0
         raise DataError("the archive is damaged")
 
     with pytest.raises(DataError, match="archive"):
-        decoded(KEY, 6, SIZE, failing())
+        decoded(KEY, 6, SIZE, failing)
     with pytest.raises(ValueError, match=r"record 0 is float64 .*not uint8"):
-        decoded(KEY, 6, SIZE, [(np.zeros((SIZE, SIZE, 3)), 0)])
+        decoded(KEY, 6, SIZE, lambda start: [(np.zeros((SIZE, SIZE, 3)), 0)])
     assert names(home) == []
 
 
@@ -183,7 +265,7 @@ def test_too_little_room(home, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2_000_000_000))
     with pytest.raises(DataError, match=r"100,000 images at 224 px needs 15\.1 GB in .*, where 2\.0 GB are free"):
-        decoded(KEY, 100_000, 224, never())
+        decoded(KEY, 100_000, 224, never)
     assert names(home) == []
 
 
@@ -192,7 +274,7 @@ def test_disk_that_fills_up(home):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(DataError, match="cannot decode into"):
-            decoded(KEY, 1000, SIZE, ((PIXELS[0], 0) for _ in range(1000)))
+            decoded(KEY, 1000, SIZE, lambda start: ((PIXELS[0], 0) for _ in range(1000)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names(home) == []
@@ -203,14 +285,14 @@ def test_F4_no_cache_folder(tmp_path, monkeypatch, notes):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     for _ in range(2):
         notes.clear()
-        check(decoded(KEY, 6, SIZE, records()))
+        check(decoded(KEY, 6, SIZE, records))
         assert len(notes) == 1 and "kB of memory" in notes[0]
     with pytest.raises(DataError, match=r"no cache for 10,000 images at 224 px .*XDG_CACHE_HOME.*1\.5 GB"):
-        decoded(KEY, 10_000, 224, never())
+        decoded(KEY, 10_000, 224, never)
 
 
 def test_nothing_readable():
-    for source in ([("empty", 0), ("empty", 1)], never()):
+    for source in (lambda start: [("empty", 0), ("empty", 1)][start:], never):
         arrays, dropped = decoded(KEY, 2, SIZE, source)
         assert arrays["image"].shape == (0, SIZE, SIZE, 3) and arrays["label"].shape == (0,)
         assert dropped == {0: "empty", 1: "empty"}

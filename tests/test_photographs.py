@@ -334,6 +334,28 @@ def test_decoded_again_only_where_a_file_changed(folder):
     assert again()[1] == 0
 
 
+def test_R3_stopped_while_decoding_it_goes_on_to_the_same_arrays(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)  # threads are up to 9 ahead
+    paint_classes(folder, 20)
+    (folder / "cats/03.png").write_bytes(b"broken")
+    whole, asked = load(folder, SIZE), []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+
+    def stopping(names):
+        for number, name in enumerate(names):
+            if number == 30:
+                raise KeyboardInterrupt
+            yield name
+
+    with pytest.raises(KeyboardInterrupt):
+        load(folder, SIZE, progress=stopping)
+    again = load(folder, SIZE, progress=lambda names: asked.extend(names) or names)
+    assert 10 <= len(asked) < 40
+    for one, other in ((whole.train, again.train), (whole.test, again.test)):
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key])
+
+
 def test_what_a_folder_gave_before_it_changed_does_not_stay_in_the_cache(folder, tmp_path):
     paint_classes(folder)
     before = load(folder, SIZE)

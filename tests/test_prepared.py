@@ -106,6 +106,31 @@ def test_by_way_of_sources(tmp_path, tiny, monkeypatch):
     assert seen == [12, 4]
 
 
+@pytest.mark.parametrize("splits", [{"train": 12, "test": 4}, {"train": 16}])
+@pytest.mark.parametrize("at", [11, 14])
+def test_R3_stopped_while_decoding_it_goes_on_to_the_same_arrays(tmp_path, monkeypatch, small, splits, at):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)  # threads are up to 9 ahead
+    write(tmp_path, {split: pictures(count, (8, 8), seed=count) for split, count in splits.items()})
+    whole, shown = prepared.load("tiny", 8, tmp_path), []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+
+    def stopping(items):
+        for item in items:
+            if len(shown) == at:
+                raise KeyboardInterrupt
+            shown.append(item)
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared.load("tiny", 8, tmp_path, stopping)
+    shown.clear()
+    again = prepared.load("tiny", 8, tmp_path, lambda items: shown.extend(items) or items)
+    assert 0 < len(shown) < 16
+    for one, other in ((whole.train, again.train), (whole.test, again.test)):
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key])
+
+
 def test_import_is_light():
     script = "import sys, rotjax; sys.exit('tensorflow_datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1]).returncode == 0

@@ -42,7 +42,7 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Pillow's, of oddities in files that it reads nevertheless
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        records = _records(folder, image_size, photographs, progress)
+        records = partial(_records, folder, image_size, photographs, progress)
         arrays, dropped = decoded(key, len(photographs), image_size, records)
     unreadable = sorted(dropped.values())
     if len(unreadable) == len(photographs):
@@ -91,9 +91,11 @@ def _state(path: Path) -> tuple[int, int, bool]:
     return status.st_size, status.st_mtime_ns, os.access(path, os.R_OK)
 
 
-def _records(folder: Path, image_size: int, photographs: list[Photograph], progress: Callable) -> Iterator[Record]:
-    names = progress([photograph.name for photograph in photographs])
-    for pixels, photograph in zip(ahead(partial(_pixels, folder, image_size), names), photographs, strict=True):
+def _records(
+    folder: Path, image_size: int, photographs: list[Photograph], progress: Callable, start: int
+) -> Iterator[Record]:
+    names = progress([photograph.name for photograph in photographs[start:]])
+    for pixels, photograph in zip(ahead(partial(_pixels, folder, image_size), names), photographs[start:], strict=True):
         lacking = isinstance(pixels, str)
         yield f"{shown(photograph.name)} ({shown(pixels)})" if lacking else pixels, photograph.label
 

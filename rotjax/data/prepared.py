@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from PIL import Image
 from rotjax.data import catalogue
 from rotjax.data.batches import Arrays, check_fits
 from rotjax.data.dataset import Dataset, held_out
-from rotjax.data.decoded import ahead, decoded, fingerprint
+from rotjax.data.decoded import Record, ahead, decoded, fingerprint
 from rotjax.data.pixels import square
 from rotjax.errors import DataError
 
@@ -109,20 +108,26 @@ def _arrays(builder: Builder, splits: list[str], classes: int, image_size: int, 
     if not all(counts):
         raise DataError(f"the split {splits[counts.index(0)]} of {folder} has no images; name another data set")
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+    begins = [sum(counts[:number]) for number in range(len(counts))]
     alone = len(splits) == 1
-    records = chain.from_iterable(_records(builder, split, classes, image_size, progress, alone) for split in splits)
+
+    def records(start: int) -> Iterator[Record]:
+        for split, begin, count in zip(splits, begins, counts, strict=True):
+            if start < begin + count:
+                yield from _records(builder, split, classes, image_size, progress, alone, max(start - begin, 0))
+
     key = fingerprint(str(folder.resolve()), states, splits, image_size)
     arrays, _ = decoded(key, sum(counts), image_size, records)
-    ends = np.cumsum(counts)
     return [
-        {key: value[end - count : end] for key, value in arrays.items()} for end, count in zip(ends, counts, strict=True)
+        {key: value[begin : begin + count] for key, value in arrays.items()}
+        for begin, count in zip(begins, counts, strict=True)
     ]
 
 
 def _records(
-    builder: Builder, split: str, classes: int, image_size: int, progress: Callable, tenth_last: bool
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Pixels u8 `[H,H,3]` and label of each record; raises DataError for the first that is damaged."""
+    builder: Builder, split: str, classes: int, image_size: int, progress: Callable, tenth_last: bool, start: int
+) -> Iterator[Record]:
+    """Pixels u8 `[H,H,3]` and label of each record from number `start` on; DataError for the first that is damaged."""
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     source = builder.as_data_source(split, deserialize_method=raw, file_format="array_record")
     order, read = range(len(source)), _in_chunks(builder, split, source)
@@ -132,6 +137,7 @@ def _records(
         label = tfds.features.FeaturesDict({"label": features["label"]}) if classes else None
         labels = [_record(builder, split, label, 0, read(index))["label"] if label else -1 for index in order]
         order = np.argsort(held_out(np.array(labels), TENTH), kind="stable").tolist()
+    order = order[start:]
     small = builder.info.splits[split].num_bytes <= SMALL * len(source)
     records = (map if small else ahead)(partial(_record, builder, split, features, image_size), map(read, progress(order)))
     for index, record in zip(order, records, strict=True):
