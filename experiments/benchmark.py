@@ -231,7 +231,7 @@ def page(folder: Path) -> str:
     parts = [
         "# Performance\n\nMade by `python -m experiments.benchmark`: each ratio is the median over repeats, in which both\n"
         "sides were measured in turns in one process, and their range; where it was measured once, there is none. Batch\n"
-        f"{speed.BATCH} and float32 unless said."
+        f"{speed.BATCH} and float32 unless said. The figures of the sides are medians too, each of its own."
     ]
     there: set[str] = set()
     for device in sorted(path for path in folder.iterdir() if path.is_dir()):
@@ -257,8 +257,9 @@ def page(folder: Path) -> str:
     ]
     heading = "## What was tried\n\nOn two CPU cores, unless said."
     parts += [heading, table(("change", "predicted", "outcome", "kept"), tried)] if tried else []
-    if missing := [row.name for row in ROWS if row.name not in there]:
-        parts.append(f"Not measured yet: {', '.join(missing)}. On a GPU, the same command measures them.")
+    for where, gpu in (("here", False), ("on a GPU", True)):
+        if missing := [row.name for row in ROWS if row.name not in there and row.gpu == gpu]:
+            parts.append(f"Not measured yet: {', '.join(missing)}. The command measures them {where}.")
     return "\n\n".join(parts) + "\n"
 
 

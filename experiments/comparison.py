@@ -125,4 +125,5 @@ def _confusion(outcomes: Sequence[Outcome], row: str, what: str) -> Figure | Non
         return None
     matrix = np.sum([one.summary["confusion"] for one in summed], axis=0)
     title = f"Predicted {what} (row {row}): {np.trace(matrix) / matrix.sum():.2%} right"
-    return plots.confusion(matrix, summed[0].recipe["classes"], title, f"{len(summed)} seeds: views of test images")
+    turned, seeds = "turned " * (what == "rotation"), f"{len(summed)} seed{'s' * (len(summed) != 1)}"
+    return plots.confusion(matrix, summed[0].recipe["classes"], title, f"{matrix.sum():,} {turned}test images, of {seeds}")

@@ -49,15 +49,16 @@ def control(
     """
     trained = named(run)
     command.check_folder("workdirs", workdirs)
-    if (begun := trained.after) and not (workdirs / begun.name / "summary.json").exists():
-        first = f"run python -m experiments.reproduce --only={begun.row} first, or name the --workdirs where it is"
-        raise UsageError(f"{run} starts from {begun.name}, which is not complete in {workdirs}; {first}")
     tables.check(results)
     command.check_folder("data_dir", data_dir)
     try:
         networks()
     except ImportError as error:
-        raise DataError(f"{error}; the control needs torch and torchvision") from error
+        raise DataError(f"{error}; the control needs torch and torchvision: pip install torch torchvision") from error
+    if (begun := trained.after) and not (workdirs / begun.name / "summary.json").exists():
+        seeds = f" --seeds={begun.recipe.seed + 1}" * bool(begun.recipe.seed)
+        first = f"run python -m experiments.reproduce --only={begun.name}{seeds} --workdirs={workdirs} first"
+        raise UsageError(f"{run} starts from {begun.name}, which is not complete there; {first}")
     folder = command.made(results / "controls")
     recipe = trained.recipe.resolved()
     data = sources.load(recipe.dataset, image_size=recipe.image_size, data_dir=data_dir, progress=command.decoding)

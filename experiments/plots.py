@@ -73,7 +73,7 @@ def predictions(
         axes.imshow(image)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(visible=wrong, color=VERMILLION, linewidth=3)
-        said, so = short(classes[int(guess)]), short(classes[int(truth)])
+        said, so = (short(classes[int(kind)], 12) for kind in (guess, truth))
         text = f"{said} \N{BALLOT X}\nis {so}" if wrong else said
         axes.set_xlabel(text, fontsize=8, color=VERMILLION if wrong else INK)
     return figure

@@ -62,7 +62,7 @@ def run(
     recipe, summary = read_recipe(pretrained), read_summary(pretrained)
     size, name = recipe.image_size if image_size is None else image_size, sources.canonical(dataset or recipe.dataset)
     check(dataclasses.replace(recipe, dataset=name, image_size=size))
-    data = sources.load(name, image_size=size, data_dir=data_dir, progress=command.decoding)
+    data = sources.load(name, image_size=size, labelled=True, data_dir=data_dir, progress=command.decoding)
     tested_on = "test images"
     if recipe.validation and name == recipe.dataset:
         data, tested_on = sources.validated(data, recipe.validation), recipe.tested_on

@@ -16,7 +16,7 @@ from experiments import figures
 from rotjax import presets
 from rotjax.errors import launcher
 from rotjax.planning import Plan
-from rotjax.recipe import Recipe
+from rotjax.recipe import Recipe, Rotation
 from rotjax.workdirs import read_summary
 
 HEADER = "epoch   train loss   train accuracy   test loss   test accuracy   elapsed"
@@ -195,6 +195,8 @@ def next_step(workdir: Path, plan: Plan, data_dir: Path | None = None) -> str:
         flags["image_size"] = recipe.image_size
     if recipe.preset != Recipe.preset:
         flags["preset"] = recipe.preset
+    if recipe.batch_size != Rotation(dataset=recipe.dataset, preset=recipe.preset).resolved().batch_size:
+        flags["batch_size"] = recipe.batch_size
     if recipe.validation:
         flags["validation"] = recipe.validation
     if data_dir:

@@ -14,6 +14,7 @@ from experiments.report import say
 from experiments.rows import Run, runs, shortened
 from rotjax.errors import UsageError
 from rotjax.files import read_rows, write, write_json, writing
+from rotjax.locks import held
 from rotjax.presets import Preset
 from rotjax.recipe import NETWORK, Classification
 from rotjax.recipe_json import to_json
@@ -163,7 +164,8 @@ def overview(asked: Sequence[Run], settings: Settings, running: Run | None = Non
         elif (settings.workdirs / run.name / "summary.json").exists():
             state = f"complete, but not among {settings.results}"
         else:
-            state = "running" if run is running else f"interrupted at step {steps}" if steps else "left"
+            under_way = run is running or held(settings.workdirs / run.name / ".lock")
+            state = "running" if under_way else f"interrupted at step {steps}" if steps else "left"
             left += (total - steps) * run.recipe.resolved().views * cost(run)
         other = run.published or run.goal
         lines.append(f"{run.row:4}{run.name:40}{f'{other:.2f}%' if other else '-':>10}   {state}")

@@ -34,6 +34,8 @@ def run(results: command.ResultsDir = RESULTS) -> None:
         results: Folder of the results.
     """
     check(results, there=True)
+    if not any((results / name).is_dir() for name in ("runs", "controls", "probes")):
+        raise UsageError(f"--results={results} holds no results; name the folder of experiments.reproduce --results")
     write(results)
     say(str(results / "README.md"))
 

@@ -48,6 +48,18 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[Callable[[]
             return
 
 
+def held(path: Path) -> bool:
+    """Whether a process holds the lock file `path`."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def leads_to(path: Path, descriptor: int) -> bool:
     """Whether `path` leads to the file that is open as `descriptor`."""
     try:

@@ -11,8 +11,8 @@ import optax
 
 from rotjax import checkpoints, optim, training, workdirs
 from rotjax.data import batches, sources
-from rotjax.data.dataset import Dataset
-from rotjax.errors import DataError, UsageError
+from rotjax.data.dataset import Dataset, check_classes
+from rotjax.errors import UsageError
 from rotjax.models import Classifier
 from rotjax.parallel import check_batch, data_mesh, replicated
 from rotjax.recipe import NETWORK, Classification, Recipe, check
@@ -95,6 +95,7 @@ def plan(
             recipe.dataset,
             image_size=recipe.image_size,
             batch_size=recipe.batch_size,
+            labelled=isinstance(recipe, Classification),
             data_dir=data_dir,
             progress=progress,
         )
@@ -134,8 +135,7 @@ def _inherit(recipe: Classification, donor: Path) -> tuple[Classification, int]:
 
 def _classes(recipe: Classification, data: Dataset) -> tuple[Classification, Dataset]:
     """The recipe with the classes of `data`, and of `data` the subset that the recipe asks for."""
-    if not data.classes:
-        raise DataError(f"{recipe.dataset} has no classes; put its images into one folder per class, or predict rotations")
+    check_classes(recipe.dataset, data.classes)
     if recipe.subset:
         rows = sources.subset(data.train["label"], recipe.subset, recipe.seed)
         data = dataclasses.replace(data, train={key: value[rows] for key, value in data.train.items()})

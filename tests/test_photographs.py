@@ -106,6 +106,13 @@ def test_images_without_classes(folder, notes):
     assert notes[-1] == "18 images to train on, 2 to test on, a tenth held out by file name whatever the seed; no classes"
 
 
+def test_images_without_classes_that_are_to_have_some_are_refused_before_they_are_decoded(folder):
+    for number in range(20):
+        paint(folder / f"{number:02d}.png", number)
+    with pytest.raises(DataError, match="photos has no classes; put its images into one folder per class"):
+        load(folder, SIZE, pytest.fail, labelled=True)
+
+
 @pytest.mark.parametrize(
     "train, test", [("train", "test"), ("train", "val"), ("train", "validation"), ("train", "valid"), ("Train", "TEST")]
 )
@@ -196,6 +203,9 @@ def test_refused(folder, tmp_path):
     (folder / "a.png").write_bytes(b"")
     (folder / "b.jpg").write_text("x")
     refused(folder, r"none of the 2 images in .* can be read: a\.png \(empty\), b\.jpg \(not an image that Pillow opens\)")
+    (folder / "a.png").rename(folder / "a.heic")
+    (folder / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    refused(folder, r"a\.heic \(not an image that Pillow opens: convert it to JPEG\)")
 
 
 def test_a_split_without_train_is_refused(folder):

@@ -92,7 +92,9 @@ def test_what_cannot_be_probed_is_refused(workdir, tmp_path):
 
     for number in range(20):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
-    with pytest.raises(DataError, match="has no classes to tell apart"):
+    with pytest.raises(
+        DataError, match="has no classes; put its images into one folder per class, or name another data set"
+    ):
         probe.run(workdir, str(tmp_path), None, None, 5)
     unfinished = shutil.copytree(workdir, tmp_path / "unfinished")
     for odd in ("", "[]", '{"accuracy": '):

@@ -31,8 +31,8 @@ def test_every_number_of_the_table_is_that_of_committed_runs():
 def test_the_numbers_of_the_first_command_are_those_of_its_summary():
     summary = json.loads((outcomes.RESULTS / "digits.json").read_text())
     text = " ".join((ROOT / "README.md").read_text().split())
-    assert f"ends with {outcomes.accuracy(summary):.1f} % of the turns right, half a minute after" in text
-    assert summary["wall_seconds"] < 40
+    seconds = f"{summary['wall_seconds']:.0f} seconds of training"
+    assert f"ends with {outcomes.accuracy(summary):.1f} % of the turns right, after {seconds}" in text
 
 
 def test_every_number_of_a_control_is_that_of_its_result():

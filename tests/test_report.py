@@ -206,7 +206,7 @@ def test_summary_of_a_run(runs, job, capsys):
     key = "rotation_accuracy" if job == "rotation" else "accuracy"
     assert f"{summary[key]:.2%} on" in out and "13 test images" in out and str(workdir) in out
     assert all(name in out for name in report.FILES)
-    flags = f"--pretrained={workdir} --dataset=pets --image_size=16 --data_dir='/data of mine'"
+    flags = f"--pretrained={workdir} --dataset=pets --image_size=16 --batch_size=8 --data_dir='/data of mine'"
     command = f"python -m experiments.classification {flags}"
     assert (command if job == "rotation" else f'rotjax.load("{workdir}")') in out
 
@@ -221,7 +221,9 @@ def test_a_run_with_validation_images_does_not_speak_of_test_images(tmp_path, ca
         row = {f"{part}_{name}": 0.5 for part in ("train", "test") for name in ("loss", "accuracy")}
         progress.show(row | {"step": 1, "epoch": 1})
     assert "val. accuracy" in (out := capsys.readouterr().out) and "test" not in out
-    assert " --preset=strong --validation=0.25" in report.next_step(tmp_path, this)
+    assert " --preset=strong --batch_size=8 --validation=0.25" in report.next_step(tmp_path, this)
+    usual = dataclasses.replace(this, recipe=dataclasses.replace(this.recipe, batch_size=128))
+    assert "--batch_size" not in report.next_step(tmp_path, usual)
     (_, line), *_ = report.facts(SUMMARY | {"tested_on": this.recipe.tested_on})
     assert line == "78.77% on all four turns of 10,000 validation images"
 

@@ -14,6 +14,7 @@ from experiments import comparison, control, outcomes, reproduce, tables
 from experiments.rows import ROWS, STRONG, Run, runs, shortened
 from rotjax import optim
 from rotjax.errors import CheckpointError, DataError, UsageError
+from rotjax.locks import locked
 from rotjax.recipe import Classification, Rotation
 
 SMALL = dict(dataset="digits", stem="cifar", image_size=8, width=4, batch_size=64, max_steps=3)
@@ -140,6 +141,9 @@ def test_what_is_left_is_shown_with_an_estimate(small, capsys):
     (small.workdirs / other / "metrics.jsonl").write_text('{"step": 2}\n{"step')  # as a full disk cuts a row off
     reproduce.run(dataclasses.replace(small, list=True))
     assert " interrupted at step 2\n" in capsys.readouterr().out
+    with locked(small.workdirs / other / ".lock", "the run"):
+        reproduce.run(dataclasses.replace(small, list=True))
+    assert " running\n" in capsys.readouterr().out
     reproduce.run(dataclasses.replace(small, list=True, results=small.results / "other"))
     assert f"complete, but not among {small.results / 'other'}\n" in capsys.readouterr().out
 
@@ -241,6 +245,12 @@ def test_the_commit_of_a_result_tells_of_changed_code_not_of_other_results(tmp_p
     assert outcomes.commit() == "", "the clone around an installed package is another project's"
 
 
+def test_a_folder_without_results_gets_no_page(tmp_path):
+    with pytest.raises(UsageError, match=f"^--results={tmp_path} holds no results; name the folder"):
+        tables.run(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_page_that_is_not_of_results_is_left_alone(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     asked = f"--results={tmp_path} holds a README.md that is not of results; name another folder"
@@ -287,10 +297,20 @@ def test_a_row_that_is_not_there_is_told_with_what_it_takes(word, remedy):
         reproduce.chosen(runs(), f"1,{word}")
 
 
-def test_a_control_without_what_it_starts_from_says_how_to_make_it(tmp_path):
-    remedy = f"not complete in {tmp_path}; run python -m experiments.reproduce --only=1 first"
-    with pytest.raises(UsageError, match=f"3a-classification-seed0 starts from 1-rotation-seed0, which is {remedy}"):
-        control.control("3a-classification-seed0", workdirs=tmp_path, results=tmp_path / "results")
+@pytest.mark.parametrize(
+    ("name", "begun", "flags"),
+    [
+        ("3a-classification-seed0", "1-rotation-seed0", ""),
+        ("3a-classification-seed2", "1-rotation-seed2", " --seeds=3"),
+        ("6b-160px-classification-seed0", "6a-160px-rotation-seed0", ""),
+    ],
+)
+def test_a_control_without_what_it_starts_from_says_how_to_make_it(tmp_path, monkeypatch, name, begun, flags):
+    monkeypatch.setattr(control, "networks", lambda: None)
+    remedy = f"run python -m experiments.reproduce --only={begun}{flags} --workdirs={tmp_path} first"
+    with pytest.raises(UsageError, match=f"^{name} starts from {begun}, which is not complete there; {remedy}$"):
+        control.control(name, workdirs=tmp_path, results=tmp_path / "results")
+    assert [run.name for run in reproduce.chosen(runs(3 if flags else 1), begun)] == [begun]
     assert not list(tmp_path.iterdir())
 
 

@@ -59,6 +59,12 @@ class Dataset:
         return self.train["image"].shape[1]
 
 
+def check_classes(name: str, classes: tuple[str, ...]) -> None:
+    """Raises DataError for a data set without classes, where some are to be learnt."""
+    if not classes:
+        raise DataError(f"{name} has no classes; put its images into one folder per class, or name another data set")
+
+
 def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
     """A mask `[N]` of a `fraction` of each class, at least one of two or more images; depends on `labels` alone."""
     order = np.random.Generator(np.random.Philox(key=0)).permutation(len(labels))

@@ -11,16 +11,16 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from rotjax.data.batches import Arrays, check_fits, unlabelled
-from rotjax.data.dataset import Dataset
+from rotjax.data.dataset import Dataset, check_classes
 from rotjax.data.decoded import Record, ahead, decoded, fingerprint, listing
-from rotjax.data.folders import MOST, Photograph, few, formats, found, shown, unclassed
+from rotjax.data.folders import MOST, UNOPENED, Photograph, few, formats, found, shown, unclassed
 from rotjax.data.pixels import square
 from rotjax.errors import DataError, reason
 
 log = logging.getLogger(__name__)
 
 
-def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: int = 1) -> Dataset:
+def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: int = 1, labelled: bool = False) -> Dataset:
     """The middle squares of the images in `folder`, as `[N,image_size,image_size,3]`.
 
     Each subfolder is a class, with the images anywhere below it; images without subfolders have no classes. Where folders
@@ -29,14 +29,16 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
     the names of the files while they are decoded, once: see `decoded`. The split and everything left out are logged, and
     so is a set that has no classes after all: one of them has no image, training and test set differ in them, or most
     images lie beside them.
-    Raises DataError where the training or the test set has no image, UsageError where there are fewer files to train on
-    than a batch has images.
+    Raises DataError where the training or the test set has no image, or a set that is to be `labelled` no classes;
+    UsageError where there are fewer files to train on than a batch has images.
     """
     try:
         photographs, border, classes, held_out = found(folder)
     except OSError as error:
         raise DataError(f"{shown(folder)} cannot be read ({shown(error)}); check its permissions") from error
     check_fits(batch_size, border)
+    if labelled:
+        check_classes(shown(folder), classes)
     facts = [(*photograph, *_state(folder / photograph.name)) for photograph in photographs]
     key = f"{fingerprint(str(folder.resolve()), image_size)}-{fingerprint(facts)}"
     with warnings.catch_warnings():
@@ -110,7 +112,7 @@ def _pixels(folder: Path, image_size: int, name: str) -> np.ndarray | str:
         with Image.open(path, formats=formats()) as image:
             return square(image, image_size)
     except UnidentifiedImageError:
-        return "not an image that Pillow opens"
+        return "not an image that Pillow opens" + ": convert it to JPEG" * (path.suffix.lower() in UNOPENED)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return f"more than {(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels: scale it down"
     except OSError as error:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from rotjax.data import catalogue
 from rotjax.data.batches import Arrays, check_fits
-from rotjax.data.dataset import Dataset, held_out
+from rotjax.data.dataset import Dataset, check_classes, held_out
 from rotjax.data.decoded import Record, ahead, decoded, fingerprint
 from rotjax.data.pixels import square
 from rotjax.errors import DataError
@@ -36,18 +36,21 @@ def load(
     data_dir: str | Path | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
     batch_size: int = 1,
+    labelled: bool = False,
 ) -> Dataset:
     """The data set `name`, or `name/config`, prepared in `data_dir`, as images `[N,image_size,image_size,3]`.
 
     The split `train` is trained on, `test` or else `validation` tested on; a set that has neither gets a tenth of each
     class held out, always the same, which is logged. Without a feature `label` there are no classes. Raises UsageError
     for a name that is none or fewer training images than `batch_size`, DataError for a set that is not prepared, is
-    damaged, or is not of images.
+    damaged, is not of images, or is to be `labelled` and has no classes.
     """
     name = catalogue.qualified(name, image_size)
     folder = catalogue.newest(name, catalogue.home(data_dir))
     builder = opened(folder)
     classes = _classes(builder)
+    if labelled:
+        check_classes(name, classes)
     splits = builder.info.splits
     if "train" not in splits:
         raise DataError(f"{folder} has no split train, only {', '.join(splits) or 'none'}; name another data set")

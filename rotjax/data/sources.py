@@ -35,6 +35,7 @@ def load(
     *,
     image_size: int,
     batch_size: int = 1,
+    labelled: bool = False,
     data_dir: str | Path | None = None,
     progress: Callable = iter,
 ) -> Dataset:
@@ -43,15 +44,15 @@ def load(
 
     `data_dir` is TFDS's, by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`. `progress` wraps the records as they
     are decoded. Raises UsageError for a name that does not exist or fewer training images than `batch_size`, DataError
-    for data that is not there or unreadable.
+    for data that is not there or unreadable, or if it is to be `labelled` has no classes: before anything is decoded.
     """
     if is_path(name):
-        return _photographs(name, image_size, batch_size, progress)
+        return _photographs(name, image_size, progress, batch_size, labelled)
     if name == "digits":
         return _digits(image_size)
     from rotjax.data import prepared
 
-    return prepared.load(name, image_size, data_dir, progress, batch_size)
+    return prepared.load(name, image_size, data_dir, progress, batch_size, labelled)
 
 
 def subset(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
@@ -92,10 +93,10 @@ def _is_folder(name: str) -> bool:
     return os.path.isdir(os.path.expanduser(name))  # unlike Path.is_dir it takes names that no folder can have
 
 
-def _photographs(name: str, size: int, batch_size: int, progress: Callable) -> Dataset:
+def _photographs(name: str, size: int, progress: Callable, batch_size: int, labelled: bool) -> Dataset:
     if not _is_folder(name):
         raise UsageError(f"no folder {name}; name a folder of images, or a data set such as digits")
-    return photographs.load(Path(os.path.expanduser(name)), size, progress, batch_size)
+    return photographs.load(Path(os.path.expanduser(name)), size, progress, batch_size, labelled)
 
 
 def _digits(size: int) -> Dataset:
