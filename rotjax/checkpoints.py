@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from rotjax import manifests, parallel
 from rotjax.errors import CheckpointError, in_bytes, reason
-from rotjax.training import TrainState
+from rotjax.training import TrainState, check_finite
 from rotjax.transfer import joined, part
 
 log = logging.getLogger(__name__)
@@ -64,8 +64,10 @@ def open_checkpoints(directory: Path, claim: Callable[[], None] = lambda: None) 
 def save(checkpoints: Checkpoints, state: TrainState) -> None:
     """Starts an asynchronous save of `state` unless its step is saved; its arrays may be donated once this returns.
 
-    Raises CheckpointError where this save cannot start or the one before it failed.
+    Raises CheckpointError where this save cannot start or the one before it failed, NonFiniteError for a state that would
+    take the place of a sound one and could not be restored.
     """
+    check_finite(state)
     step, directory, size = int(state.step), checkpoints.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with parallel.together():
         wait(checkpoints)

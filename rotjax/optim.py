@@ -45,7 +45,10 @@ def labels(params, frozen: tuple[str, ...] = ()):
 def adamw(
     schedule: optax.ScalarOrSchedule, weight_decay: float = 0.01, frozen: tuple[str, ...] = ()
 ) -> optax.GradientTransformation:
-    """AdamW with weight decay on all parameters, as torch's; those under prefixes `frozen` get no update, decay or state."""
+    """AdamW with weight decay on all parameters, as torch's; those under prefixes `frozen` get no update, decay or state.
+
+    Give these to `create(held=...)` too, or the batch norms among them go on moving their statistics.
+    """
     return _for_trainable(optax.adamw(schedule, weight_decay=weight_decay), frozen)
 
 

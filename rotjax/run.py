@@ -48,10 +48,10 @@ def train(
 
     All processes must call this; one writes, and they agree on stopping and saving every `log_steps` batches. For
     `augment`, `steps_per_dispatch` and `threads` see `feed.choose`. Writes `recipe.json`, `data.json`, `checkpoints/`,
-    `metrics.jsonl` and, at the end, `summary.json`. Raises Stopped after SIGTERM or SIGINT, once the state is saved (a
-    second signal ends the process at once), UsageError for a value out of range, a workdir of another recipe or processes
-    that differ, DataError for a workdir of other data, InUseError where another process uses it, NonFiniteError,
-    CheckpointError, FellowError where another process of this run failed.
+    `metrics.jsonl` and, at the end, `summary.json`. To leave the generator early saves nothing more. Raises Stopped after
+    SIGTERM or SIGINT, once the state is saved (a second signal ends the process at once), UsageError for a value out of
+    range, a workdir of another recipe or processes that differ, DataError for a workdir of other data, InUseError where
+    another process uses it, NonFiniteError, CheckpointError, FellowError where another process of this run failed.
     """
     began, workdir, recipe, mesh = time.perf_counter(), Path(workdir), plan.recipe, data_mesh()
     check_cadence(log_steps, checkpoint_seconds)
@@ -216,9 +216,8 @@ def _untested(plan: Plan, state: training.TrainState, logged: Sequence[dict]) ->
 
 
 def _save(saved: checkpoints.Checkpoints, state: training.TrainState) -> None:
-    """Saves `state` unless it is that of step 0; raises NonFiniteError for one that is not finite."""
+    """Saves `state` unless it is that of step 0."""
     if int(state.step):
-        training.check_finite(state)
         checkpoints.save(saved, state)
 
 

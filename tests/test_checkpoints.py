@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, unfinished, strange or do not fit are never taken for sound ones."""
 
+import dataclasses
 import gc
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 import tensorstore
 
 from rotjax import checkpoints, manifests
-from rotjax.errors import CheckpointError, DesertedError
+from rotjax.errors import CheckpointError, DesertedError, NonFiniteError
 from rotjax.files import digest
 from rotjax.training import TrainState
 
@@ -304,6 +305,14 @@ def test_C13_values_that_are_not_finite_are_refused(tmp_path):
         checkpoints.save(opened, state(2, np.nan))
     with pytest.raises(CheckpointError, match="step 2 in .* holds values that are not finite"):
         restored(tmp_path)
+
+
+def test_C13_a_state_that_training_spoilt_takes_the_place_of_no_other(tmp_path):
+    saved(tmp_path, 1, 2)
+    bad = dataclasses.replace(state(3), sums=state(3).sums | {"bad_step": jnp.int32(3)})
+    with checkpoints.open_checkpoints(tmp_path) as opened, pytest.raises(NonFiniteError, match="not finite at step 3"):
+        checkpoints.save(opened, bad)
+    assert sorted(manifests.steps(tmp_path)) == [1, 2]
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # Orbax's, of the other parts
