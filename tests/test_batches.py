@@ -204,11 +204,8 @@ def test_rotations_need_no_labels(images, make):
 
 
 def test_classes_need_labels(images):
-    with pytest.raises(TypeError, match="image 0 has no 'label', i32"):
+    with pytest.raises(TypeError, match="images have no 'label'"):
         batches.train_batches({"image": images["image"], "labels": images["label"]}, tasks.classify, 8, 1, seed=0)
-    missing = np.where(np.arange(len(images["label"])) == 3, -1, images["label"])
-    with pytest.raises(TypeError, match="image 3 has no 'label', i32"):
-        batches.eval_batches({**images, "label": missing}, tasks.classify, 8)
 
 
 def test_subsets_are_stratified_seeded_and_nested(images):

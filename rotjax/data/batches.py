@@ -91,11 +91,11 @@ def _checked(data: Arrays, task: tasks.Task) -> Arrays:
     """`data`, with placeholder labels if it has none and `task` needs none."""
     if data["image"].dtype != np.uint8:
         raise TypeError(f"images are {data['image'].dtype}; give uint8 pixels, 0 to 255: the network normalises by itself")
-    if "label" not in data:
-        data = data | {"label": unlabelled(len(data["image"]))}
-    if task is tasks.classify and len(bad := np.flatnonzero(data["label"] < 0)):
-        raise TypeError(f"image {bad[0]} has no 'label', i32 [N] from 0 up, to be classified by; give it, or another task")
-    return data
+    if "label" in data:
+        return data
+    if task is tasks.classify:
+        raise TypeError("images have no 'label', i32 [N], to be classified by; give it, or another task")
+    return data | {"label": unlabelled(len(data["image"]))}
 
 
 def unlabelled(count: int) -> np.ndarray:
