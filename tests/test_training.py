@@ -120,6 +120,14 @@ def test_weights_are_drawn_alike_alone_and_within_a_program_of_the_users():
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)  # the tests' programs are optimized less than users'
 
 
+def test_weights_drawn_on_the_host_for_a_gpu_are_the_same_and_bound_to_no_device(monkeypatch):
+    here = training.init_variables(small(), 3, 8)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    there = training.init_variables(small(), 3, 8)
+    assert all(jax.tree.leaves(equal(here, there)))
+    assert all(x.devices() == {jax.devices()[0]} and not x.committed for x in jax.tree.leaves(there))
+
+
 @pytest.mark.parametrize(
     ("trainable", "statistics", "kind"),
     [
