@@ -38,6 +38,10 @@ class DataError(RotjaxError):
     exit_code = 3
 
 
+class ReadError(DataError):
+    """A file that is there cannot be read at present; what was read before it is kept."""
+
+
 class CheckpointError(RotjaxError):
     """A checkpoint is missing, unusable or cannot be written."""
 

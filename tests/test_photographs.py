@@ -1,5 +1,6 @@
 """Folders of photographs: layouts, held-out shares, every kind of file, and what is told of those left out."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,10 +13,10 @@ import pytest
 from PIL import Image
 
 import rotjax
-from rotjax.data import sources, tasks
+from rotjax.data import photographs, sources, tasks
 from rotjax.data.batches import train_batches
 from rotjax.data.photographs import load
-from rotjax.errors import DataError, UsageError
+from rotjax.errors import DataError, ReadError, UsageError
 
 SIZE = 8
 
@@ -364,6 +365,24 @@ def test_R3_stopped_while_decoding_it_goes_on_to_the_same_arrays(folder, tmp_pat
     for one, other in ((whole.train, again.train), (whole.test, again.test)):
         for key in one:
             np.testing.assert_array_equal(one[key], other[key])
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_a_file_that_cannot_be_read_at_present_is_not_left_out_and_the_others_are_not_read_again(folder, monkeypatch, error):
+    paint_classes(folder, 20)
+    square, asked = photographs.square, []
+
+    def failing(image, size):
+        if image.filename.endswith("dogs/18.png"):
+            raise error
+        return square(image, size)
+
+    monkeypatch.setattr(photographs, "square", failing)
+    with pytest.raises(ReadError, match=r"dogs/18.png cannot be read at present .*goes on from what it has decoded"):
+        load(folder, SIZE)
+    monkeypatch.setattr(photographs, "square", square)
+    data = load(folder, SIZE, progress=lambda names: asked.extend(names) or names)
+    assert len(shades(data.train) + shades(data.test)) == 40 and len(asked) < 40
 
 
 def test_what_a_folder_gave_before_it_changed_does_not_stay_in_the_cache(folder, tmp_path):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rotjax.data.batches import Arrays
-from rotjax.errors import DataError, InUseError, in_bytes
+from rotjax.errors import DataError, InUseError, ReadError, in_bytes
 from rotjax.files import digest
 from rotjax.locks import locked
 
@@ -40,8 +40,8 @@ def decoded(key: str, count: int, image_size: int, records: Records) -> tuple[Ar
 
     The rows lie in `$XDG_CACHE_HOME/rotjax/decoded/<key>` (`~/.cache` unless set), in the order of the records, at most
     `count`. `records(start)` gives those from number `start` on, and is only called where not all are stored under `key`: a
-    process that was stopped leaves what it has decoded to the next. Under a key `<source>-<state>` they replace those of
-    other states of the source. The reasons go by the number of the record.
+    process that was stopped, or whose `records` raised ReadError, leaves what it has decoded to the next. Under a key
+    `<source>-<state>` they replace those of other states of the source. The reasons go by the number of the record.
     Raises DataError where the disk is too small, or cannot be written and the set is too large for memory.
     """
     what, needed = f"{count:,} images at {image_size} px", count * image_size**2 * 3
@@ -159,7 +159,7 @@ def _partial(folder: Path) -> Path:
 
 
 def _write(folder: Path, image_size: int, records: Records) -> None:
-    """Writes all of `folder`; an error leaves nothing, a signal or a kill what the next call goes on with."""
+    """Writes all of `folder`; an error leaves nothing, a ReadError, a signal or a kill what the next call goes on with."""
     partial = _partial(folder)
     try:
         partial.mkdir(mode=0o700, exist_ok=True)
@@ -170,6 +170,8 @@ def _write(folder: Path, image_size: int, records: Records) -> None:
         (partial / "metadata.json").write_text(json.dumps(about, indent=1) + "\n")
         os.replace(partial, folder)
         (folder / ROWS).unlink()
+    except ReadError:
+        raise
     except Exception:
         shutil.rmtree(partial, ignore_errors=True)
         raise

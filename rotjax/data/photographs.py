@@ -1,5 +1,6 @@
 """A folder of the user's own images, with one subfolder per class or without classes, as a data set."""
 
+import errno
 import logging
 import os
 import warnings
@@ -15,9 +16,12 @@ from rotjax.data.dataset import Dataset, check_classes
 from rotjax.data.decoded import Record, ahead, decoded, fingerprint, listing
 from rotjax.data.folders import MOST, UNOPENED, Photograph, few, formats, found, shown, unclassed
 from rotjax.data.pixels import square
-from rotjax.errors import DataError, reason
+from rotjax.errors import DataError, ReadError, reason
 
 log = logging.getLogger(__name__)
+
+# What a file stays like until it changes; None: Pillow's own errors. Others pass (EIO, ESTALE, EMFILE): the cache would not.
+LASTING = (None, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL)
 
 
 def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: int = 1, labelled: bool = False) -> Dataset:
@@ -30,7 +34,8 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
     so is a set that has no classes after all: one of them has no image, training and test set differ in them, or most
     images lie beside them.
     Raises DataError where the training or the test set has no image, or a set that is to be `labelled` no classes;
-    UsageError where there are fewer files to train on than a batch has images.
+    ReadError for a file that cannot be read at present, UsageError where there are fewer files to train on than a batch has
+    images.
     """
     try:
         photographs, border, classes, held_out = found(folder)
@@ -115,7 +120,10 @@ def _pixels(folder: Path, image_size: int, name: str) -> np.ndarray | str:
         return "not an image that Pillow opens" + ": convert it to JPEG" * (path.suffix.lower() in UNOPENED)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return f"more than {(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels: scale it down"
-    except OSError as error:
-        return reason(error)
+    except (OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno in LASTING:
+            return reason(error)
+        kept = "the same command goes on from what it has decoded; if it is this file each time, remove it"
+        raise ReadError(f"{shown(path)} cannot be read at present ({shown(reason(error))}); {kept}") from error
     except Exception as error:  # on a damaged file Pillow raises nearly anything
         return f"{type(error).__name__}: {error}"
