@@ -7,8 +7,9 @@ them knows (the files, the clock, a signal, an error) they make known to all at 
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from glob import glob
 
 import jax
@@ -42,6 +43,23 @@ def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def _automatic(mesh: Mesh) -> Mesh:
     """`mesh` with automatic axes: those of `jax.make_mesh` are explicit."""
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+
+
+def over(mesh: Mesh, function: Callable) -> Callable:
+    """`function`, traced over `mesh` whatever mesh the caller has set: one of explicit axes asks for every array's."""
+
+    @wraps(function)
+    def traced(*args, **kwargs):
+        with jax.sharding.use_abstract_mesh(_automatic(mesh).abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced
+
+
+def shared(batch: dict, mesh: Mesh) -> dict:
+    """`batch` as a traced function has it, split over `mesh` wherever its arrays lie; raises as `check_batch` does."""
+    check_batch(len(batch["label"]), mesh)
+    return jax.lax.with_sharding_constraint(batch, split(mesh))
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 
 from rotjax.errors import NonFiniteError
-from rotjax.parallel import data_mesh, replicated, split
+from rotjax.parallel import data_mesh, over, replicated, shared, split
 
 Row = dict[str, Any]
 Make = Callable[[Any, dict], dict]  # (what lies on the devices, what is sent to them) -> batch
@@ -76,7 +76,8 @@ def init_state(optimizer: optax.GradientTransformation, variables: dict, mesh: M
     def state(variables):
         return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables["params"]), _no_sums())
 
-    return jax.jit(state, out_shardings=replicated(mesh or data_mesh()))(jax.tree.map(np.asarray, variables))
+    mesh = mesh or data_mesh()
+    return jax.jit(over(mesh, state), out_shardings=replicated(mesh))(jax.tree.map(np.asarray, variables))
 
 
 def sent(data: Any, batch: dict) -> dict:
@@ -97,15 +98,17 @@ def train_step(
     """A jitted `(state, batch) -> (state, metrics)`; the input state is donated.
 
     `batch` is `{'image': u8[B,H,W,3], 'label': i32[B]}`, `metrics` the `loss` and `accuracy` of this batch. Under a mesh
-    of several devices batch statistics are the whole batch's.
+    of several devices batch statistics are the whole batch's, and each device computes its share, of arrays that nobody
+    placed too; UsageError for a batch that they cannot share equally.
     """
-    step = _step(model, optimizer, loss)
+    mesh = mesh or data_mesh()
+    step = _step(model, optimizer, loss, mesh)
 
     def checked(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
         state, metrics = step(state, batch)
         return _checked(state), metrics
 
-    return jax.jit(checked, donate_argnums=0, out_shardings=replicated(mesh or data_mesh()))
+    return jax.jit(over(mesh, checked), donate_argnums=0, out_shardings=replicated(mesh))
 
 
 def train_steps(
@@ -119,20 +122,23 @@ def train_steps(
 
     Each step trains on `make(data, batch)`; the metrics are f32 `[K]`. The input state is donated.
     """
-    step = _step(model, optimizer, loss)
+    mesh = mesh or data_mesh()
+    step = _step(model, optimizer, loss, mesh)
     unroll = 0 if jax.default_backend() == "cpu" else 1  # 0: no loop, in which a CPU's convolutions are eight times slower
 
     def steps(state: TrainState, batches: dict, data: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
         state, metrics = jax.lax.scan(lambda state, batch: step(state, make(data, batch)), state, batches, unroll=unroll)
         return _checked(state), metrics
 
-    return jax.jit(steps, donate_argnums=0, out_shardings=replicated(mesh or data_mesh()))
+    return jax.jit(over(mesh, steps), donate_argnums=0, out_shardings=replicated(mesh))
 
 
-def _step(model: nn.Module, optimizer: optax.GradientTransformation, loss: Loss) -> Step:
+def _step(model: nn.Module, optimizer: optax.GradientTransformation, loss: Loss, mesh: Mesh) -> Step:
     apply: Callable[..., Any] = model.apply
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch = shared(batch, mesh)
+
         def objective(params):
             variables = state.variables | {"params": params}
             logits, updated = apply(variables, batch["image"], train=True, mutable=["batch_stats"])
@@ -176,15 +182,16 @@ def eval_step(model: nn.Module, mesh: Mesh | None = None, make: Make = sent) -> 
     `sums` are the `weight`ed `loss`, f32 `[]`, and `confusion`, f32 `[C,C]` indexed `[true, predicted]`.
     """
     apply: Callable[..., Any] = model.apply
+    mesh = mesh or data_mesh()
 
     def step(variables: dict, batch: dict, data: Any = None) -> dict[str, jax.Array]:
-        batch = make(data, batch)
+        batch = shared(make(data, batch), mesh)
         logits = apply(variables, batch["image"], train=False)
         losses = cross_entropy(logits, batch["label"])
         confusion = jnp.zeros((logits.shape[-1],) * 2).at[batch["label"], logits.argmax(-1)].add(batch["weight"])
         return {"loss": (losses * batch["weight"]).sum(), "confusion": confusion}
 
-    return jax.jit(step, out_shardings=replicated(mesh or data_mesh()))
+    return jax.jit(over(mesh, step), out_shardings=replicated(mesh))
 
 
 def place(batches: Iterable[dict], mesh: Mesh | None = None, *, axis: int = 0) -> Iterator[dict[str, jax.Array]]:

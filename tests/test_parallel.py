@@ -21,7 +21,7 @@ from rotjax.data.augmentation import train_view
 from rotjax.data.batches import train_picks
 from rotjax.feed import Feed
 from rotjax.parallel import data_mesh
-from rotjax.training import init_state, init_variables, train_step
+from rotjax.training import eval_step, init_state, init_variables, train_step
 rng = np.random.default_rng(0)
 batch = {"image": rng.integers(0, 256, (32, 8, 8, 3), dtype=np.uint8), "label": rng.integers(0, 4, 32).astype(np.int32)}
 model = rotjax.create("resnet18", 4, "cifar", width=4)
@@ -55,6 +55,13 @@ def made(mesh):
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, found), known)
     return found["image"].addressable_shards[0].data.shape[0]
 
+def counted(given):
+    # operations of each of four devices in a train step and in an evaluation step on arrays as they are given
+    optimizer = optax.sgd(1.0)
+    state = init_state(optimizer, init_variables(model, 0, 8))
+    steps = (train_step(model, optimizer), state, given), (eval_step(model), state.variables, given)
+    return [int(step.lower(*arguments).compile().cost_analysis()["flops"]) for step, *arguments in steps]
+
 one, two, four = (jax.devices()[:count] for count in (1, 2, 4))
 meshes = [data_mesh(one), jax.make_mesh((2,), ("batch",), devices=two), data_mesh(four)]  # the second the caller's own
 first = [trained(mesh, 1.0, 1)[1] for mesh in meshes]
@@ -71,8 +78,17 @@ for mesh in meshes:
         jax.tree.map(np.testing.assert_array_equal, bits, jax.tree.map(np.array, restored))
         moved.append((mesh.size, trained(other, 1.0, 1, restored)[1]))
 moved = [apart([result for size, result in moved if size == mesh.size]) for mesh in meshes]
-results = {"first": apart(first), "fifth": apart(fifth), "moved": sum(moved, [])}
-print(json.dumps(results | {"made": [made(mesh) for mesh in meshes]}))
+weighted = batch | {"weight": np.ones(32, np.float32)}
+given = [weighted, jax.device_put(weighted), *rotjax.place([weighted])]
+operations = [counted(one) for one in given]
+with jax.set_mesh(jax.make_mesh((4,), ("data",))):  # of explicit axes
+    operations.append(counted(given[0]))
+try:
+    counted({name: array[:30] for name, array in weighted.items()})
+except rotjax.errors.UsageError as error:
+    refused = str(error)
+results = {"operations": operations, "refused": refused, "made": [made(mesh) for mesh in meshes]}
+print(json.dumps(results | {"first": apart(first), "fifth": apart(fifth), "moved": sum(moved, [])}))
 """
 
 
@@ -98,6 +114,12 @@ def test_P1_parameters_after_5_steps_of_sgd_agree_on_1_2_and_4_devices(differenc
 
 def test_batches_made_on_1_2_and_4_devices_are_those_of_the_host_and_each_device_makes_its_share(differences):
     assert differences["made"] == [32, 16, 8]
+
+
+def test_each_device_computes_its_share_wherever_a_batch_lies_and_whatever_mesh_is_set(differences):
+    *others, placed, explicit = differences["operations"]
+    assert others == [placed, placed] and explicit == placed
+    assert differences["refused"].startswith("--batch_size=30 cannot be shared among 4 devices; use 32")
 
 
 def test_P4_a_checkpoint_goes_on_on_any_number_of_devices_from_the_same_bits(differences):
