@@ -1,6 +1,7 @@
 """How batches reach the devices, with the same bytes either way: made on the host, or on the devices from images
 resident there; one or several per dispatch."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,8 @@ from rotjax.errors import UsageError
 from rotjax.parallel import highest, replicated
 from rotjax.planning import Plan
 from rotjax.training import Make, sent
+
+log = logging.getLogger(__name__)
 
 Where = Literal["host", "device"]
 
@@ -71,6 +74,8 @@ def choose(plan: Plan, augment: Where | None, per_dispatch: int | None, threads:
     check(per_dispatch, threads)
     cpu, epoch = jax.default_backend() == "cpu", min(plan.epoch_steps, plan.steps)
     hosted = highest(augment is None and (cpu or not _fit(plan)))  # asked by all: one may have been told, another not
+    if hosted and not cpu:
+        log.info("the host makes the batches: the images take more than a quarter of the memory that a device says it has")
     augment = augment or ("host" if hosted else "device")
     if per_dispatch is None:
         on_host, picked = plan.recipe.views * plan.data.train["image"][0].nbytes, plan.recipe.batch_size * 12

@@ -97,9 +97,10 @@ def train_step(
 ) -> jax.stages.Wrapped:
     """A jitted `(state, batch) -> (state, metrics)`; the input state is donated.
 
-    `batch` is `{'image': u8[B,H,W,3], 'label': i32[B]}`, `metrics` the `loss` and `accuracy` of this batch. Under a mesh
-    of several devices batch statistics are the whole batch's, and each device computes its share, of arrays that nobody
-    placed too; UsageError for a batch that they cannot share equally.
+    `batch` is `{'image': u8[B,H,W,3], 'label': i32[B]}`, with labels below the number of logits (the loss of others is
+    NaN); `metrics` are the `loss` and `accuracy` of this batch. Under a mesh of several devices batch statistics are the
+    whole batch's, and each device computes its share, of arrays that nobody placed too; UsageError for a batch that they
+    cannot share equally.
     """
     mesh = mesh or data_mesh()
     step = _step(model, optimizer, loss, mesh)
@@ -205,9 +206,11 @@ def place(batches: Iterable[dict], mesh: Mesh | None = None, *, axis: int = 0) -
 
 
 def evaluate(step: Callable[[dict, dict], dict[str, jax.Array]], variables: dict, batches: Iterable[dict]) -> Row:
-    """`loss` and `accuracy` over all images, and the `confusion` matrix i64 `[true, predicted]`."""
-    add = partial(jax.tree.map, operator.add)
-    sums = reduce(add, (step(variables, batch) for batch in batches))
+    """`loss` and `accuracy` over all images, and the `confusion` matrix i64 `[true, predicted]`; ValueError without any."""
+    add, results = partial(jax.tree.map, operator.add), (step(variables, batch) for batch in batches)
+    if (first := next(results, None)) is None:
+        raise ValueError("there is no batch to evaluate on; give one, of an iterator that is not used up")
+    sums = reduce(add, results, first)
     confusion = np.asarray(sums["confusion"]).astype(np.int64)
     count = confusion.sum()
     return {

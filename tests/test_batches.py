@@ -206,6 +206,8 @@ def test_rotations_need_no_labels(images, make):
 def test_classes_need_labels(images):
     with pytest.raises(TypeError, match="images have no 'label'"):
         batches.train_batches({"image": images["image"], "labels": images["label"]}, tasks.classify, 8, 1, seed=0)
+    with pytest.raises(UsageError, match="labels below 0, of images without a class"):
+        batches.train_batches(images | {"label": images["label"] - 1}, tasks.classify, 8, 1, seed=0)
 
 
 def test_subsets_are_stratified_seeded_and_nested(images):

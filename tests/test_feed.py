@@ -229,7 +229,9 @@ def test_dispatches_are_the_same_whichever_step_a_run_goes_on_from(start):
     assert set(bounds) >= {bound for bound in whole if bound >= -(-start // 4) * 4}
 
 
-def test_what_is_not_said_suits_the_devices(plan, monkeypatch):
+def test_what_is_not_said_suits_the_devices(plan, monkeypatch, caplog):
+    caplog.set_level("INFO", "rotjax.feed")
+
     class Device:
         def __init__(self, memory):
             self.memory = memory
@@ -237,13 +239,15 @@ def test_what_is_not_said_suits_the_devices(plan, monkeypatch):
         def memory_stats(self):
             return self.memory
 
-    assert feeds.choose(plan, None, None, None) == feeds.Feed("host", 1, 0)
+    assert feeds.choose(plan, None, None, None) == feeds.Feed("host", 1, 0) and not caplog.text
     with pytest.raises(UsageError, match="--steps_per_dispatch=9 is out of range; it is at least 1 and here at most 8"):
         feeds.choose(plan, None, 9, None)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for memory, where in (({"bytes_limit": 10**6}, "device"), ({"bytes_limit": 10**4}, "host"), (None, "host")):
         monkeypatch.setattr(jax, "local_devices", lambda memory=memory: [Device(memory)])
+        caplog.clear()
         assert feeds.choose(plan, None, None, None) == feeds.Feed(where, 5, 1)
+        assert ("the host makes the batches: the images take more than a quarter" in caplog.text) == (where == "host")
     for steps, most in ((390, 30), (73, 24), (781, 30), (64, 32), (63, 21), (62, 31), (7, 7), (1, 1)):
         large = dataclasses.replace(plan, epoch_steps=steps, steps=10 * steps)
         assert feeds.choose(large, "device", None, 2) == feeds.Feed("device", most, 2)

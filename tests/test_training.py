@@ -192,6 +192,8 @@ def test_evaluation_counts_every_image_once_whatever_the_batch_size(images):
         assert result["loss"] == pytest.approx(loss, rel=1e-5)
         assert result["accuracy"] == pytest.approx(np.trace(confusion) / 48)
         np.testing.assert_array_equal(result["confusion"], confusion)
+    with pytest.raises(ValueError, match="no batch to evaluate on"):
+        training.evaluate(step, variables, iter(()))
 
 
 def test_a_network_learns_how_32_images_were_turned():

@@ -28,8 +28,11 @@ def train_batches(
 ) -> Batches:
     """A Grain dataset of `steps` training batches: the `train_view` of each of `train_picks`.
 
-    Rotations need no labels. Raises TypeError for pixels that are not uint8 or labels that are missing; see `train_picks`.
+    Rotations need no labels. Raises TypeError for pixels that are not uint8 or labels that are missing, UsageError for
+    negative labels to classify by; see `train_picks`.
     """
+    if task is tasks.classify and np.min(data.get("label", 0), initial=0) < 0:
+        raise UsageError("there are labels below 0, of images without a class; leave these out, or give another task")
     picks = train_picks(len(data["image"]), batch_size, steps, seed=seed, share=share)
     return viewed(_checked(data, task), picks, partial(train_view, task=task, flip=flip, cutout=cutout))
 
