@@ -1,5 +1,6 @@
 """What trained runs came to, as `experiments.reproduce` and `experiments.control` leave it among the results."""
 
+import re
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -60,7 +61,13 @@ def load(folder: Path) -> list[Outcome]:
             outcomes.append(Outcome(path.stem, **read_result(path), epochs=epochs))
         except TypeError as error:  # of a field that is missing, or that is none
             raise CheckpointError(f"{path} is no result of a run ({reason(error)}); move it elsewhere") from error
-    return sorted(outcomes, key=lambda one: ((*ROWS, *STRONG).index(one.row), one.variant, one.task != "rotation", one.seed))
+    return sorted(outcomes, key=_place)
+
+
+def _place(one: Outcome) -> tuple:
+    """By numbers where a variant has some: resnet50 before resnet101."""
+    variant = [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", one.variant)]
+    return (*ROWS, *STRONG).index(one.row), variant, one.task != "rotation", one.seed
 
 
 def controls(folder: Path) -> dict[str, dict[str, Any]]:
