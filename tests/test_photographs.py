@@ -367,7 +367,10 @@ def test_R3_stopped_while_decoding_it_goes_on_to_the_same_arrays(folder, tmp_pat
             np.testing.assert_array_equal(one[key], other[key])
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+PASSING = [OSError(errno.EIO, "Input/output error"), MemoryError(), OSError("out of memory when reading image file")]
+
+
+@pytest.mark.parametrize("error", PASSING)
 def test_a_file_that_cannot_be_read_at_present_is_not_left_out_and_the_others_are_not_read_again(folder, monkeypatch, error):
     paint_classes(folder, 20)
     square, asked = photographs.square, []
@@ -378,11 +381,41 @@ def test_a_file_that_cannot_be_read_at_present_is_not_left_out_and_the_others_ar
         return square(image, size)
 
     monkeypatch.setattr(photographs, "square", failing)
-    with pytest.raises(ReadError, match=r"dogs/18.png cannot be read at present .*goes on from what it has decoded"):
+    with pytest.raises(ReadError, match=r"dogs/18.png cannot be read at present .*run the same command again"):
         load(folder, SIZE)
     monkeypatch.setattr(photographs, "square", square)
     data = load(folder, SIZE, progress=lambda names: asked.extend(names) or names)
     assert len(shades(data.train) + shades(data.test)) == 40 and len(asked) < 40
+
+
+def test_a_folder_that_goes_away_while_it_is_decoded_is_read_when_it_is_back(folder, tmp_path):
+    """As a disk that is not mounted for a while: none of its images may be remembered as missing."""
+    paint_classes(folder)
+
+    def gone(names):
+        (folder / "dogs").rename(tmp_path / "elsewhere")
+        yield from names
+
+    with pytest.raises(ReadError, match=r"dogs/\d\d.png cannot be read at present \(No such file"):
+        load(folder, SIZE, progress=gone)
+    (tmp_path / "elsewhere").rename(folder / "dogs")
+    assert load(folder, SIZE).classes == ("cats", "dogs")
+
+
+def test_a_file_whose_state_is_not_known_at_present_does_not_cost_the_cache(folder, monkeypatch):
+    paint_classes(folder)
+    load(folder, SIZE)
+    known = Path.stat
+
+    def stale(path, **options):
+        if path.name == "03.png":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return known(path, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(ReadError, match=r"03.png cannot be read at present \(Stale"):
+        patched.setattr(Path, "stat", stale)
+        load(folder, SIZE)
+    load(folder, SIZE, progress=lambda names: pytest.fail("decoded again"))
 
 
 def test_what_a_folder_gave_before_it_changed_does_not_stay_in_the_cache(folder, tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,8 +21,9 @@ from rotjax.errors import DataError, ReadError, reason
 
 log = logging.getLogger(__name__)
 
-# What a file stays like until it changes; None: Pillow's own errors. Others pass (EIO, ESTALE, EMFILE): the cache would not.
-LASTING = (None, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL)
+# What a file stays like until it changes; None: Pillow's own errors. Others pass (EIO, ESTALE, ENOENT of a disk that is gone
+# for a while), and the cache would not.
+LASTING = (None, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.EINVAL)
 
 
 def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: int = 1, labelled: bool = False) -> Dataset:
@@ -91,11 +93,24 @@ def _checked(folder: Path, classes: tuple[str, ...], train: Arrays, test: Arrays
 
 def _state(path: Path) -> tuple[int, int, bool]:
     """What changes where the pixels of a file may: its size, time of change in ns, and whether it may be read."""
-    try:
-        status = path.stat()
-    except OSError:
+    if (status := _status(path)) is None:
         return -1, -1, False
     return status.st_size, status.st_mtime_ns, os.access(path, os.R_OK)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """None where there is nothing to open and will not be: at a link that leads nowhere, or without permission."""
+    try:
+        return path.stat()
+    except OSError as error:
+        if error.errno in LASTING or (error.errno == errno.ENOENT and os.path.lexists(path)):
+            return None
+        raise _at_present(path, error) from error
+
+
+def _at_present(path: Path, error: Exception) -> ReadError:
+    remedy = "run the same command again; if it is this file each time, remove it"
+    return ReadError(f"{shown(path)} cannot be read at present ({shown(reason(error))}); {remedy}")
 
 
 def _records(
@@ -109,11 +124,11 @@ def _records(
 
 def _pixels(folder: Path, image_size: int, name: str) -> np.ndarray | str:
     path = folder / name
+    if (status := _status(path)) is None or not stat.S_ISREG(status.st_mode):  # a pipe would keep us waiting
+        return "not a file"
+    if not status.st_size:
+        return "empty"
     try:
-        if not path.is_file():  # a pipe would keep us waiting
-            return "not a file"
-        if not path.stat().st_size:
-            return "empty"
         with Image.open(path, formats=formats()) as image:
             return square(image, image_size)
     except UnidentifiedImageError:
@@ -121,9 +136,8 @@ def _pixels(folder: Path, image_size: int, name: str) -> np.ndarray | str:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return f"more than {(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels: scale it down"
     except (OSError, MemoryError) as error:
-        if isinstance(error, OSError) and error.errno in LASTING:
+        if isinstance(error, OSError) and error.errno in LASTING and "out of memory" not in str(error):  # Pillow's own words
             return reason(error)
-        kept = "the same command goes on from what it has decoded; if it is this file each time, remove it"
-        raise ReadError(f"{shown(path)} cannot be read at present ({shown(reason(error))}); {kept}") from error
+        raise _at_present(path, error) from error
     except Exception as error:  # on a damaged file Pillow raises nearly anything
         return f"{type(error).__name__}: {error}"
