@@ -106,9 +106,11 @@ def _densenet() -> list[Run]:
 
 
 def _deeper() -> list[Run]:
-    as_row, names = "as row {}; in the report below ResNet18", ("resnet50", "resnet101")
-    rotations = [Run("5b", as_row.format("1"), Rotation(backbone=name), variant=name) for name in names]
-    return list(chain(*((run, Run("5b", as_row.format("3a"), Classification(), run, run.variant)) for run in rotations)))
+    below = "in the report below ResNet18"
+    rotations = [
+        Run("5b", f"as row 1; {below}", Rotation(backbone=name), variant=name) for name in ("resnet50", "resnet101")
+    ]
+    return list(chain(*((run, Run("5b", f"as row 3a; {below}", Classification(), run, run.variant)) for run in rotations)))
 
 
 def _strong(seed: int) -> list[Run]:

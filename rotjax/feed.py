@@ -74,8 +74,8 @@ def choose(plan: Plan, augment: Where | None, per_dispatch: int | None, threads:
     check(per_dispatch, threads)
     cpu, epoch = jax.default_backend() == "cpu", min(plan.epoch_steps, plan.steps)
     hosted = highest(augment is None and (cpu or not _fit(plan)))  # asked by all: one may have been told, another not
-    if hosted and not cpu:
-        log.info("the host makes the batches: the images take more than a quarter of the memory that a device says it has")
+    if hosted and augment is None and not cpu:
+        log.info("the host makes the batches: the devices do not say that they have four times the memory of the images")
     augment = augment or ("host" if hosted else "device")
     if per_dispatch is None:
         on_host, picked = plan.recipe.views * plan.data.train["image"][0].nbytes, plan.recipe.batch_size * 12

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from glob import glob
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -46,20 +48,43 @@ def _automatic(mesh: Mesh) -> Mesh:
 
 
 def over(mesh: Mesh, function: Callable) -> Callable:
-    """`function`, traced over `mesh` whatever mesh the caller has set: one of explicit axes asks for every array's."""
+    """`function`, traced over `mesh` also where the caller has set one of the same devices whose axes are explicit.
+
+    Within `jax.shard_map` each device has a call of its own, and there is nothing to distribute.
+    """
 
     @wraps(function)
     def traced(*args, **kwargs):
+        if _in_shard_map():
+            return function(*args, **kwargs)
         with jax.sharding.use_abstract_mesh(_automatic(mesh).abstract_mesh):
             return function(*args, **kwargs)
 
     return traced
 
 
+def whole(tree: Any, mesh: Mesh) -> Any:
+    """`tree` as a function traced `over` a mesh has it, without the explicit axes of arrays that were made under some."""
+
+    def taken(x):
+        explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+        return jax.lax.with_sharding_constraint(x, replicated(mesh)) if explicit else x
+
+    return jax.tree.map(taken, tree)
+
+
 def shared(batch: dict, mesh: Mesh) -> dict:
-    """`batch` as a traced function has it, split over `mesh` wherever its arrays lie; raises as `check_batch` does."""
-    check_batch(len(batch["label"]), mesh)
-    return jax.lax.with_sharding_constraint(batch, split(mesh))
+    """`batch` as a function traced `over` a mesh has it, split wherever its arrays lie; whole what devices cannot share."""
+
+    def part(x):
+        equal = jnp.ndim(x) and len(x) % mesh.size == 0
+        return jax.lax.with_sharding_constraint(x, split(mesh)) if equal else x
+
+    return batch if _in_shard_map() else jax.tree.map(part, batch)
+
+
+def _in_shard_map() -> bool:
+    return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 
 from rotjax.errors import NonFiniteError
-from rotjax.parallel import data_mesh, over, replicated, shared, split
+from rotjax.parallel import check_batch, data_mesh, over, replicated, shared, split, whole
 
 Row = dict[str, Any]
 Make = Callable[[Any, dict], dict]  # (what lies on the devices, what is sent to them) -> batch
@@ -46,13 +46,16 @@ def init_variables(model: nn.Module, seed: int, image_size: int) -> dict:
     key = jax.random.key(seed)
     if isinstance(key, Tracer):
         return _drawn(model, key, image_size)
+    alone, cpu = jax.sharding.get_abstract_mesh().empty, jax.default_backend() == "cpu"  # whether the caller has set no mesh
+    if alone and cpu:
+        return _drawn_quickly(model, key, image_size)
     try:
         host = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS leaves it out
         return _drawn(model, key, image_size)
-    with jax.default_device(host):
-        variables = _drawn_quickly(model, jax.random.key(seed), image_size)
-    return variables if jax.default_backend() == "cpu" else jax.device_put(jax.device_get(variables))
+    with jax.default_device(host) if alone else jax.set_mesh(data_mesh([host])):
+        drawn = jax.device_get(_drawn_quickly(model, jax.random.key(seed), image_size))
+    return jax.device_put(drawn)
 
 
 def abstract_variables(model: nn.Module, image_size: int) -> dict:
@@ -97,16 +100,16 @@ def train_step(
 ) -> jax.stages.Wrapped:
     """A jitted `(state, batch) -> (state, metrics)`; the input state is donated.
 
-    `batch` is `{'image': u8[B,H,W,3], 'label': i32[B]}`, with labels below the number of logits (the loss of others is
-    NaN); `metrics` are the `loss` and `accuracy` of this batch. Under a mesh of several devices batch statistics are the
-    whole batch's, and each device computes its share, of arrays that nobody placed too; UsageError for a batch that they
-    cannot share equally.
+    `batch` is `{'image': u8[B,H,W,3], 'label': i32[B]}`, with labels from 0 on, below the number of logits (the loss of
+    larger ones is NaN); `metrics` are the `loss` and `accuracy` of this batch. Under a mesh of several devices batch
+    statistics are the whole batch's, and each device computes its share, of arrays that nobody placed too; UsageError for a
+    batch that they cannot share equally.
     """
     mesh = mesh or data_mesh()
     step = _step(model, optimizer, loss, mesh)
 
     def checked(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
-        state, metrics = step(state, batch)
+        state, metrics = step(whole(state, mesh), batch)
         return _checked(state), metrics
 
     return jax.jit(over(mesh, checked), donate_argnums=0, out_shardings=replicated(mesh))
@@ -121,14 +124,17 @@ def train_steps(
 ) -> jax.stages.Wrapped:
     """A jitted `(state, batches, data=None) -> (state, metrics)`: `train_step` scanned over K `batches`, stacked on axis 0.
 
-    Each step trains on `make(data, batch)`; the metrics are f32 `[K]`. The input state is donated.
+    Each step trains on `make(data, batch)`; the metrics are f32 `[K]`. The input state is donated; UsageError as there.
     """
     mesh = mesh or data_mesh()
     step = _step(model, optimizer, loss, mesh)
     unroll = 0 if jax.default_backend() == "cpu" else 1  # 0: no loop, in which a CPU's convolutions are eight times slower
 
     def steps(state: TrainState, batches: dict, data: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
-        state, metrics = jax.lax.scan(lambda state, batch: step(state, make(data, batch)), state, batches, unroll=unroll)
+        def one(state, batch):
+            return step(state, make(data, batch))
+
+        state, metrics = jax.lax.scan(one, whole(state, mesh), batches, unroll=unroll)
         return _checked(state), metrics
 
     return jax.jit(over(mesh, steps), donate_argnums=0, out_shardings=replicated(mesh))
@@ -138,6 +144,7 @@ def _step(model: nn.Module, optimizer: optax.GradientTransformation, loss: Loss,
     apply: Callable[..., Any] = model.apply
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
+        check_batch(len(batch["label"]), mesh)
         batch = shared(batch, mesh)
 
         def objective(params):
@@ -180,14 +187,15 @@ def _marked(state: TrainState, finite: jax.Array) -> TrainState:
 def eval_step(model: nn.Module, mesh: Mesh | None = None, make: Make = sent) -> jax.stages.Wrapped:
     """A jitted `(variables, batch, data=None) -> sums` over the images of `make(data, batch)`, by default `batch`.
 
-    `sums` are the `weight`ed `loss`, f32 `[]`, and `confusion`, f32 `[C,C]` indexed `[true, predicted]`.
+    `sums` are the `weight`ed `loss`, f32 `[]`, and `confusion`, f32 `[C,C]` indexed `[true, predicted]`. Devices share a
+    batch where they can share it equally, as one of `eval_batches`.
     """
     apply: Callable[..., Any] = model.apply
     mesh = mesh or data_mesh()
 
     def step(variables: dict, batch: dict, data: Any = None) -> dict[str, jax.Array]:
         batch = shared(make(data, batch), mesh)
-        logits = apply(variables, batch["image"], train=False)
+        logits = apply(whole(variables, mesh), batch["image"], train=False)
         losses = cross_entropy(logits, batch["label"])
         confusion = jnp.zeros((logits.shape[-1],) * 2).at[batch["label"], logits.argmax(-1)].add(batch["weight"])
         return {"loss": (losses * batch["weight"]).sum(), "confusion": confusion}

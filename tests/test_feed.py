@@ -247,7 +247,7 @@ def test_what_is_not_said_suits_the_devices(plan, monkeypatch, caplog):
         monkeypatch.setattr(jax, "local_devices", lambda memory=memory: [Device(memory)])
         caplog.clear()
         assert feeds.choose(plan, None, None, None) == feeds.Feed(where, 5, 1)
-        assert ("the host makes the batches: the images take more than a quarter" in caplog.text) == (where == "host")
+        assert ("the host makes the batches: the devices do not say" in caplog.text) == (where == "host")
     for steps, most in ((390, 30), (73, 24), (781, 30), (64, 32), (63, 21), (62, 31), (7, 7), (1, 1)):
         large = dataclasses.replace(plan, epoch_steps=steps, steps=10 * steps)
         assert feeds.choose(large, "device", None, 2) == feeds.Feed("device", most, 2)

@@ -16,6 +16,7 @@ STEPS = """
 import jax, json, numpy as np, optax, rotjax, sys
 from functools import cache, partial
 from pathlib import Path
+from jax.sharding import PartitionSpec as P
 from rotjax import checkpoints
 from rotjax.data.augmentation import train_view
 from rotjax.data.batches import train_picks
@@ -85,11 +86,20 @@ operations = {"trained": [counted(step, state, given) for given in (placed, weig
 operations["evaluated"] = [counted(evaluation, state.variables, given) for given in (placed, weighted)]
 with jax.set_mesh(jax.make_mesh((4,), ("data",))):  # of explicit axes
     operations["trained"].append(counted(train_step(model, optimizer_of(1.0)), state, weighted))
+    losses = [eval_step(model)(init_variables(model, 0, 8), weighted)["loss"]]
+alone = jax.shard_map(
+    lambda variables, batch: evaluation(variables, batch)["loss"][None],
+    mesh=data_mesh(), in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False,
+)
+losses += [evaluation(state.variables, placed)["loss"], jax.jit(alone)(variables, weighted).sum()]
+parts = [{name: array[rows] for name, array in weighted.items()} for rows in (slice(30), slice(30, None))]
+losses.append(sum(evaluation(state.variables, part)["loss"] for part in parts))  # which four devices cannot share
 try:
     counted(step, state, {name: array[:30] for name, array in weighted.items()})
 except rotjax.errors.UsageError as error:
     refused = str(error)
-results = {"operations": operations, "refused": refused, "made": [made(mesh) for mesh in meshes]}
+results = {"operations": operations, "losses": [float(loss) for loss in losses], "refused": refused}
+results |= {"made": [made(mesh) for mesh in meshes]}
 print(json.dumps(results | {"first": apart(first), "fifth": apart(fifth), "moved": sum(moved, [])}))
 """
 
@@ -121,6 +131,7 @@ def test_batches_made_on_1_2_and_4_devices_are_those_of_the_host_and_each_device
 def test_each_device_computes_its_share_wherever_a_batch_lies_and_whatever_mesh_is_set(differences):
     for placed, *others in differences["operations"].values():
         assert placed > 0 and set(others) == {placed}
+    assert differences["losses"] == pytest.approx(differences["losses"][:1] * 4, rel=1e-5)
     assert differences["refused"].startswith("--batch_size=30 cannot be shared among 4 devices; use 32")
 
 
