@@ -73,14 +73,21 @@ def whole(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(taken, tree)
 
 
-def shared(batch: dict, mesh: Mesh) -> dict:
-    """`batch` as a function traced `over` a mesh has it, split wherever its arrays lie; whole what devices cannot share."""
+def shared(batch: dict, mesh: Mesh, equally: bool = False) -> dict:
+    """`batch` as a function traced `over` a mesh has it, split wherever its arrays lie.
+
+    What the devices cannot share `equally` stays whole, or if it has to be, raises as `check_batch` does.
+    """
 
     def part(x):
         equal = jnp.ndim(x) and len(x) % mesh.size == 0
         return jax.lax.with_sharding_constraint(x, split(mesh)) if equal else x
 
-    return batch if _in_shard_map() else jax.tree.map(part, batch)
+    if _in_shard_map():
+        return batch
+    if equally:
+        check_batch(len(batch["label"]), mesh)
+    return jax.tree.map(part, batch)
 
 
 def _in_shard_map() -> bool:

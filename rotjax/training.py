@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 
 from rotjax.errors import NonFiniteError
-from rotjax.parallel import check_batch, data_mesh, over, replicated, shared, split, whole
+from rotjax.parallel import data_mesh, over, replicated, shared, split, whole
 
 Row = dict[str, Any]
 Make = Callable[[Any, dict], dict]  # (what lies on the devices, what is sent to them) -> batch
@@ -144,8 +144,7 @@ def _step(model: nn.Module, optimizer: optax.GradientTransformation, loss: Loss,
     apply: Callable[..., Any] = model.apply
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
-        check_batch(len(batch["label"]), mesh)
-        batch = shared(batch, mesh)
+        batch = shared(batch, mesh, equally=True)
 
         def objective(params):
             variables = state.variables | {"params": params}
