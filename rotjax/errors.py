@@ -39,7 +39,7 @@ class DataError(RotjaxError):
 
 
 class ReadError(DataError):
-    """A file that is there cannot be read at present; what was read before it is kept."""
+    """A file cannot be read at present, for a reason that may pass."""
 
 
 class CheckpointError(RotjaxError):

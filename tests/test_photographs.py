@@ -402,6 +402,20 @@ def test_a_folder_that_goes_away_while_it_is_decoded_is_read_when_it_is_back(fol
     assert load(folder, SIZE).classes == ("cats", "dogs")
 
 
+def test_files_in_a_folder_that_may_be_listed_and_not_searched_are_named_with_the_reason(folder, monkeypatch, notes):
+    paint_classes(folder)
+    known = Path.stat
+
+    def refusing(path, **options):
+        if path.name == "03.png":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return known(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refusing)
+    load(folder, SIZE)
+    assert "2 of 20 images cannot be read and are left out: cats/03.png (Permission denied)" in notes[1]
+
+
 def test_a_file_whose_state_is_not_known_at_present_does_not_cost_the_cache(folder, monkeypatch):
     paint_classes(folder)
     load(folder, SIZE)

@@ -93,24 +93,23 @@ def _checked(folder: Path, classes: tuple[str, ...], train: Arrays, test: Arrays
 
 def _state(path: Path) -> tuple[int, int, bool]:
     """What changes where the pixels of a file may: its size, time of change in ns, and whether it may be read."""
-    if (status := _status(path)) is None:
+    try:
+        status = path.stat()
+    except OSError as error:
+        _check_lasting(path, error)
         return -1, -1, False
     return status.st_size, status.st_mtime_ns, os.access(path, os.R_OK)
 
 
-def _status(path: Path) -> os.stat_result | None:
-    """None where there is nothing to open and will not be: at a link that leads nowhere, or without permission."""
-    try:
-        return path.stat()
-    except OSError as error:
-        if error.errno in LASTING or (error.errno == errno.ENOENT and os.path.lexists(path)):
-            return None
-        raise _at_present(path, error) from error
-
-
-def _at_present(path: Path, error: Exception) -> ReadError:
-    remedy = "run the same command again; if it is this file each time, remove it"
-    return ReadError(f"{shown(path)} cannot be read at present ({shown(reason(error))}); {remedy}")
+def _check_lasting(path: Path, error: OSError | MemoryError) -> None:
+    """Raises ReadError unless `error` will be met again until the file changes."""
+    if isinstance(error, FileNotFoundError):
+        lasts = os.path.lexists(path)  # a link that leads nowhere
+    else:
+        lasts = isinstance(error, OSError) and error.errno in LASTING and "out of memory" not in str(error)  # Pillow's words
+    if not lasts:
+        remedy = "run the same command again; if it is this file each time, remove it"
+        raise ReadError(f"{shown(path)} cannot be read at present ({shown(reason(error))}); {remedy}") from error
 
 
 def _records(
@@ -124,11 +123,12 @@ def _records(
 
 def _pixels(folder: Path, image_size: int, name: str) -> np.ndarray | str:
     path = folder / name
-    if (status := _status(path)) is None or not stat.S_ISREG(status.st_mode):  # a pipe would keep us waiting
-        return "not a file"
-    if not status.st_size:
-        return "empty"
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would keep us waiting
+            return "not a file"
+        if not status.st_size:
+            return "empty"
         with Image.open(path, formats=formats()) as image:
             return square(image, image_size)
     except UnidentifiedImageError:
@@ -136,8 +136,7 @@ def _pixels(folder: Path, image_size: int, name: str) -> np.ndarray | str:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return f"more than {(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels: scale it down"
     except (OSError, MemoryError) as error:
-        if isinstance(error, OSError) and error.errno in LASTING and "out of memory" not in str(error):  # Pillow's own words
-            return reason(error)
-        raise _at_present(path, error) from error
+        _check_lasting(path, error)
+        return "not a file" if isinstance(error, FileNotFoundError) else reason(error)
     except Exception as error:  # on a damaged file Pillow raises nearly anything
         return f"{type(error).__name__}: {error}"
