@@ -138,12 +138,12 @@ SLOW = {  # of rows that miss their goal, why, by the first word of the kind of 
     "nvidia": {
         "f-host": "one core makes crops and turns not much faster than they are trained on; a GPU makes them itself by"
         " default (row f-device).",
-        "h": "one batch a dispatch, as here, costs the host about as long as the device; the commands score four at once.",
+        "h": "measured one batch a dispatch; the commands score four batches at once.",
         "l-resnet18-128": "a step of few images is hundreds of small kernels, one after the other. PyTorch replays the"
         " forward and the backward ones as CUDA graphs; XLA's graphs end at each convolution.",
         "l-resnet18-512": "the same, at a batch where it matters less.",
-        "m": "half of it are steps of 128 small images, as in row l-resnet18-128; the rest is decoding, once for each data"
-        " set, compiling, and figures.",
+        "m": "less than half of it are steps of 128 small images, as in row l-resnet18-128; the rest is decoding, once for"
+        " each data set, compiling, and figures.",
     },
 }
 
