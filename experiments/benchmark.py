@@ -67,6 +67,12 @@ def _hosted(augment: Where) -> Row:
     return Row(f"f-{augment}", what, 2.0, True, partial(speed.pipeline_and_step, augment), gpu=True)
 
 
+def _small(side: int) -> Row:
+    what = f"train steps, resnet18, imagenet stem: maps of up to {side} px by products of matrices / by cuDNN's convolutions"
+    sides = partial(speed.products_and_convolutions_of_small_maps, side)
+    return Row(f"l-products-{side}", what, 1.0, True, sides, gpu=True)
+
+
 VERSIONS = ("rotjax", "jax", "jaxlib", "flax", "optax", "grain", "torch")
 CUDNN = ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")  # whose convolutions are a GPU's
 NETWORKS = {"resnet18": 2.0, "resnet50": 1.8, "resnet101": 1.8, "densenet121": 2.2}  # and the goal over the floor
@@ -116,6 +122,7 @@ ROWS = (
         speed.graphs_and_default,
         gpu=True,
     ),
+    *(_small(side) for side in (1, 2, 4)),
     Row(
         "m",
         "row 1 of the report, 45 epochs, from the shell to its summary / one second",
@@ -138,7 +145,7 @@ SLOW = {  # of rows that miss their goal, why, by the first word of the kind of 
     "nvidia": {
         "f-host": "one core makes crops and turns not much faster than they are trained on; a GPU makes them itself by"
         " default (row f-device).",
-        "h": "measured one batch a dispatch; the commands score four batches at once.",
+        "h": "measured one batch at a time; the commands score four at once, and so does this row from now on.",
         "l-resnet18-128": "a step of few images is hundreds of small kernels, one after the other. PyTorch replays the"
         " forward and the backward ones as CUDA graphs; XLA's graphs end at each convolution.",
         "l-resnet18-512": "the same, at a batch where it matters less.",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
+from unittest import mock
 
 import grain
 import jax
@@ -20,8 +21,10 @@ from experiments.peers import Timed, timed
 from rotjax import training
 from rotjax.data.batches import Batches, train_picks
 from rotjax.feed import STEPS, Where, stacked
+from rotjax.models import spatial
 from rotjax.optim import FROZEN
 from rotjax.parallel import data_mesh
+from rotjax.scoring import TOGETHER
 
 log = logging.getLogger(__name__)
 
@@ -172,15 +175,26 @@ def graphs_and_default() -> Sides:
     return train(options={"xla_gpu_enable_command_buffer": ",".join(GRAPHED)}), train()
 
 
+def products_and_convolutions_of_small_maps(side: int) -> Sides:
+    """Images/s of steps whose maps of up to `side` pixels come out of products of matrices, and all of convolutions."""
+
+    def rate(small: int) -> Side:
+        with mock.patch.dict(spatial.SMALL, {jax.default_backend(): small}):
+            return train_rate("resnet18", "imagenet")
+
+    return rate(side), rate(0)
+
+
 def evaluation_and_training() -> Sides:
-    """Images/s of evaluation, and of training."""
+    """Images/s of evaluation, in batches as a command scores them, and of training."""
     model = rotjax.create("resnet18", 4)
     variables = rotjax.init_variables(model, 0, 32)
-    batch = jax.device_put(images(BATCH) | {"weight": np.ones(BATCH, np.float32)})
+    size = BATCH * (1 if jax.default_backend() == "cpu" else TOGETHER)
+    batch = jax.device_put(images(size) | {"weight": np.ones(size, np.float32)})
     step = rotjax.eval_step(model).lower(variables, batch).compile()
 
     evaluated = timed(lambda: step(variables, batch), jax.block_until_ready)
-    return per_second(evaluated, BATCH), train_rate("resnet18", "imagenet")
+    return per_second(evaluated, size), train_rate("resnet18", "imagenet")
 
 
 def step_and_floor(name: str) -> Sides:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+SMALL = {"cpu": 2}  # pixels of a side up to which, on a platform, maps come out of products of matrices; others: none
+
 
 def convolve(
     images: jax.Array,
@@ -22,10 +24,11 @@ def convolve(
 ) -> jax.Array:
     """`lax.conv_general_dilated` of `[B,H,W,C]` with an HWIO kernel, for `nn.Conv(conv_general_dilated=...)`.
 
-    On CPUs its derivatives are reverse-mode, and the padding is that of `conv`: as many pixels around as makes a map of
-    stride 1 keep its size.
+    On CPUs and for small maps its derivatives are reverse-mode, and the padding is that of `conv`: as many pixels around
+    as makes a map of stride 1 keep its size.
     """
-    if jax.default_backend() != "cpu":
+    output = [(size - 1) // stride + 1 for size, stride in zip(images.shape[1:3], window_strides, strict=True)]
+    if jax.default_backend() != "cpu" and not _is_small(output):
         return lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
     kernel = _within_reach(kernel, images.shape[1:3])
     padding = tuple((width // 2, width // 2) for width in kernel.shape[:2])
@@ -33,8 +36,7 @@ def convolve(
         return _same(images[:, :: window_strides[0], :: window_strides[1]], kernel)
     if window_strides == (1, 1) and kernel.shape[3] <= kernel.shape[2]:
         return _same(images, kernel)
-    output = [(size - 1) // stride + 1 for size, stride in zip(images.shape[1:3], window_strides, strict=True)]
-    if max(output) <= 2:
+    if _is_small(output):
         return _patches(images, kernel.shape[:2], window_strides) @ kernel.reshape(-1, kernel.shape[3])
     return lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
 
@@ -58,7 +60,11 @@ def _same(images, kernel):
 
 def _is_product(images, kernel):
     """Whether the maps are so small, or the window, that one product of matrices is faster than XLA's convolution."""
-    return max(images.shape[1:3]) <= 2 or kernel.shape[:2] == (1, 1)
+    return _is_small(images.shape[1:3]) or kernel.shape[:2] == (1, 1)
+
+
+def _is_small(size):
+    return max(size) <= SMALL.get(jax.default_backend(), 0)
 
 
 def _by_xla(images, kernel):
