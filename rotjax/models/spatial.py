@@ -6,6 +6,7 @@ gradient of a kernel, for which it turns both maps around. `python -m experiment
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -27,18 +28,24 @@ def convolve(
     On CPUs and for small maps its derivatives are reverse-mode, and the padding is that of `conv`: as many pixels around
     as makes a map of stride 1 keep its size.
     """
-    output = [(size - 1) // stride + 1 for size, stride in zip(images.shape[1:3], window_strides, strict=True)]
-    if jax.default_backend() != "cpu" and not _is_small(output):
+    small = _is_small([-(-size // stride) for size, stride in zip(images.shape[1:3], window_strides, strict=True)])
+    if jax.default_backend() != "cpu" and not small:
         return lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
-    kernel = _within_reach(kernel, images.shape[1:3])
-    padding = tuple((width // 2, width // 2) for width in kernel.shape[:2])
-    if kernel.shape[:2] == (1, 1):
-        return _same(images[:, :: window_strides[0], :: window_strides[1]], kernel)
-    if window_strides == (1, 1) and kernel.shape[3] <= kernel.shape[2]:
+    kernel, strides = _within_reach(kernel, images.shape[1:3]), tuple(window_strides)
+    *window, channels, features = kernel.shape
+    if window == [1, 1]:
+        return _same(images[:, :: strides[0], :: strides[1]], kernel)
+    if strides == (1, 1) and features <= channels:
         return _same(images, kernel)
-    if _is_small(output):
-        return _patches(images, kernel.shape[:2], window_strides) @ kernel.reshape(-1, kernel.shape[3])
-    return lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
+    if small:
+        return _product(images, kernel, strides)
+    if strides != (1, 1) and max(window) <= 3:
+        return _strided(images, kernel, strides)
+    return _by_xla(images, kernel, strides)  # a stem, into which three maps come
+
+
+def _is_small(size):
+    return max(size) <= SMALL.get(jax.default_backend(), 0)
 
 
 def _within_reach(kernel, size):
@@ -50,25 +57,45 @@ def _within_reach(kernel, size):
     return kernel[rows, columns]
 
 
+def _by_xla(images, kernel, strides=(1, 1)):
+    padding = [(width // 2, width // 2) for width in kernel.shape[:2]]
+    return lax.conv_general_dilated(images, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _product(images, kernel, strides=(1, 1)):
+    """A convolution as one product of matrices: faster than XLA's where maps are small, or the window is 1x1."""
+    return _patches(images, kernel.shape[:2], strides) @ kernel.reshape(-1, kernel.shape[3])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _strided(images, kernel, strides):
+    """A convolution by XLA with the gradients of `_product`.
+
+    In a step XLA's are slower: it computes the maps again to transpose them, and puts zeros between the pixels of the
+    cotangent.
+    """
+    return _by_xla(images, kernel, strides)
+
+
+def _strided_forward(images, kernel, strides):
+    return _by_xla(images, kernel, strides), (images, kernel)
+
+
+def _strided_backward(strides, saved, cotangent):
+    return jax.vjp(partial(_product, strides=strides), *saved)[1](cotangent)
+
+
+_strided.defvjp(_strided_forward, _strided_backward)
+
+
 @jax.custom_vjp
 def _same(images, kernel):
     """A convolution of stride 1 to maps of the same size; see `_same_backward` for its gradients."""
-    if _is_product(images, kernel):
-        return _patches(images, kernel.shape[:2]) @ kernel.reshape(-1, kernel.shape[3])
-    return _by_xla(images, kernel)
+    return (_product if _is_product(images, kernel) else _by_xla)(images, kernel)
 
 
 def _is_product(images, kernel):
-    """Whether the maps are so small, or the window, that one product of matrices is faster than XLA's convolution."""
     return _is_small(images.shape[1:3]) or kernel.shape[:2] == (1, 1)
-
-
-def _is_small(size):
-    return max(size) <= SMALL.get(jax.default_backend(), 0)
-
-
-def _by_xla(images, kernel):
-    return lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def _same_forward(images, kernel):
@@ -78,8 +105,7 @@ def _same_forward(images, kernel):
 def _same_backward(saved, cotangent):
     """As products with the same patches of the cotangent, where the forward is a product or the cotangent has fewer maps.
 
-    Else the maps' by XLA, and the kernel's from maps shifted along columns and cotangents shifted along rows, which are two
-    thirds of the patches.
+    Else the maps' by XLA, and the kernel's from maps shifted along columns, with the cotangent shifted along rows.
     """
     images, kernel = saved
     height, width, channels, features = kernel.shape
@@ -88,8 +114,9 @@ def _same_backward(saved, cotangent):
         patches = _patches(cotangent, (height, width))
         products = jnp.tensordot(images, patches, pixels).reshape(channels, height, width, features)
         return patches @ turned.reshape(-1, channels), products.transpose(1, 2, 0, 3)[::-1, ::-1]
-    products = jnp.tensordot(_patches(images, (1, width)), _patches(cotangent, (height, 1)), pixels)
-    return _by_xla(cotangent, turned), products.reshape(width, channels, height, features).transpose(2, 0, 1, 3)[::-1]
+    shifted = _patches(images, (1, width))
+    rows = [jnp.tensordot(shifted, row, pixels) for row in _windows(_padded(cotangent, (height, 1)), (height, 1), (1, 1))]
+    return _by_xla(cotangent, turned), jnp.stack(rows[::-1]).reshape(kernel.shape)
 
 
 _same.defvjp(_same_forward, _same_backward)
@@ -99,8 +126,11 @@ def _patches(images, window, strides=(1, 1)):
     """`[B,P,Q,k*k*C]`: what a `window` around each pixel, or each `strides`th, shows of the zero-padded `images`."""
     if tuple(window) == (1, 1):
         return images[:, :: strides[0], :: strides[1]]
-    padded = jnp.pad(images, ((0, 0), *((width // 2, width // 2) for width in window), (0, 0)))
-    return jnp.concatenate(_windows(padded, window, strides), axis=-1)
+    return jnp.concatenate(_windows(_padded(images, window), window, strides), axis=-1)
+
+
+def _padded(images, window):
+    return jnp.pad(images, ((0, 0), *((width // 2, width // 2) for width in window), (0, 0)))
 
 
 def _windows(padded, window, strides):
