@@ -138,8 +138,6 @@ SLOW = {  # of rows that miss their goal, why, by the first word of the kind of 
         "b": "120 layers of small products: what XLA does between them (concatenations, norms, their gradients) takes as"
         " long as they do.",
         "e-unthreaded": "the goal was set against Grain's default of 16 reading threads, which is slower: row e.",
-        "c": "a step of nothing but XLA's matrix products would just reach the goal (row c-products). On maps of 64 channels"
-        " at 32 px patches and Winograd's transforms move too much memory to be faster than XLA's own convolutions.",
         "j": "imports and tracing are not cached.",
     },
     "nvidia": {
