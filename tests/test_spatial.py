@@ -29,7 +29,7 @@ WINDOWS = pytest.mark.parametrize(("window", "stride"), [(1, 1), (1, 2), (3, 1),
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 3), (4, 4), (7, 7), (1, 8), (8, 1), (2, 5)])
 @WINDOWS
 def test_convolution(size, window, stride):
-    agrees(size, window, stride)
+    convolutions_agree(size, window, stride)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (4, 4), (7, 7), (2, 5)])
@@ -38,10 +38,10 @@ def test_convolution_where_only_small_maps_are_products(size, window, stride, mo
     """Of up to 4 pixels a side, as row l-products-4 of the benchmark takes them on a GPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setitem(spatial.SMALL, "gpu", 4)
-    agrees(size, window, stride)
+    convolutions_agree(size, window, stride)
 
 
-def agrees(size, window, stride):
+def convolutions_agree(size, window, stride):
     rng = np.random.default_rng(0)
     for channels, features in ((6, 4), (4, 6), (5, 5)):
         images = rng.normal(size=(2, *size, channels)).astype(np.float32)
