@@ -1,6 +1,5 @@
 """Archives of data sets: where TFDS's catalogue says they are, fetched in as many pieces as it takes, and checked."""
 
-import hashlib
 import http.client
 import logging
 import os
@@ -17,6 +16,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums
 from tqdm import tqdm
 
+from rotjax import files
 from rotjax.errors import DataError, UsageError, in_bytes, reason
 
 log = logging.getLogger(__name__)
@@ -54,8 +54,7 @@ def verify(archive: Archive, path: Path) -> None:
     if (size := path.stat().st_size) != archive.size:
         raise DataError(f"{path} has {size} bytes, not the {archive.size} of {archive.url}; fetch it again")
     try:
-        with open(path, "rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        checksum = files.digest(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({reason(error)}); give another copy of {archive.url}") from error
     if checksum != archive.checksum:

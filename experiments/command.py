@@ -1,6 +1,7 @@
 """What the training commands share: flags, one line for an error, progress, and where everything was left."""
 
 import dataclasses
+import hashlib
 import logging
 import os
 import shutil
@@ -119,6 +120,11 @@ def check_folder(flag: str, path: Path | None, there: bool = False) -> None:
         raise UsageError(f"--{flag}={path} is no folder ({problem}); name another")
 
 
+def mark(path: Path) -> str:
+    """Eight digits that tell the folder `path` from others of its name."""
+    return hashlib.sha256(os.fsencode(path.expanduser().resolve())).hexdigest()[:8]
+
+
 def made(folder: Path) -> Path:
     """`folder`, made unless it is there; raises CheckpointError where nothing can be written in it."""
     with files.writing(folder):
@@ -209,9 +215,9 @@ def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Pla
     return workdir, plan
 
 
-def decoding(records):
+def decoding(records, total: int | None = None):
     """A bar while images are decoded."""
-    return tqdm(records, desc="decoding", unit=" images", leave=False, disable=None)
+    return tqdm(records, desc="decoding", total=total, unit=" images", leave=False, disable=None)
 
 
 def cache_compilations() -> None:

@@ -87,7 +87,7 @@ def _curves(run: _Run) -> Figure:
     recipe, epoch_steps = run.plan.recipe, run.plan.epoch_steps
     rows = read_rows(run.workdir / "metrics.jsonl")
     falls = [step // epoch_steps for step in run.plan.boundaries]
-    title = f"{_data(recipe)}: {recipe.backbone} learns to predict {_what(recipe)}"
+    title = f"{_data(recipe)}: {recipe.backbone} learns to predict {what(recipe)}"
     tested = recipe.tested_on.partition(" ")[0]
     return plots.curves([row for row in rows if "test_loss" in row], epoch_steps, falls, title, tested)
 
@@ -97,7 +97,7 @@ def _predictions(run: _Run) -> Figure:
     spread = np.unique(np.linspace(0, len(test["label"]) - 1, SHOWN).astype(int))  # folders are in the order of classes
     images, true, given = map(np.array, zip(*run.views({key: value[spread] for key, value in test.items()}), strict=True))
     predicted = given.argmax(-1)
-    title = f"Predicted {_what(recipe)}: {(predicted == true).sum()} of {len(spread)} right"
+    title = f"Predicted {what(recipe)}: {(predicted == true).sum()} of {len(spread)} right"
     turned = ", each turned counter-clockwise at random" if recipe.job == "rotation" else ""
     caption = f"{_data(recipe)}: {len(spread)} of the {len(test['label']):,} {recipe.tested_on}, evenly spaced{turned}"
     return plots.predictions(images, true, predicted, recipe.classes, title, caption)
@@ -107,7 +107,7 @@ def _confusion(run: _Run) -> Figure:
     recipe, images = run.plan.recipe, len(run.plan.data.test["label"])
     matrix = np.array(read_summary(run.workdir)["confusion"])
     views = f"all four turns of {images:,}" if recipe.job == "rotation" else f"{images:,}"
-    title = f"Predicted {_what(recipe)}: {np.trace(matrix) / matrix.sum():.2%} right"
+    title = f"Predicted {what(recipe)}: {np.trace(matrix) / matrix.sum():.2%} right"
     return plots.confusion(matrix, recipe.classes, title, f"{_data(recipe)}: {views} {recipe.tested_on}")
 
 
@@ -123,7 +123,7 @@ def _mistakes(run: _Run) -> Figure:
     worst = heapq.nlargest(SHOWN, wrong)  # of the test set, which may be larger than memory, no more is kept
     count = next(numbers)
     _, _, images, true, predicted = zip(*worst, strict=True) if worst else ((),) * 5
-    title = f"Most surely mistaken {_what(recipe)}: {len(worst)} of {count:,}"
+    title = f"Most surely mistaken {what(recipe)}: {len(worst)} of {count:,}"
     turned = ", each on one random turn" if recipe.job == "rotation" else ""
     caption = f"{_data(recipe)}: of the {len(test['label']):,} {recipe.tested_on}{turned}, the surest first"
     return plots.predictions(np.array(images), np.array(true), np.array(predicted), recipe.classes, title, caption)
@@ -142,7 +142,8 @@ def _data(recipe: rotjax.Recipe) -> str:
     return plots.short(Path(recipe.dataset).resolve().name, 40)
 
 
-def _what(recipe: rotjax.Recipe) -> str:
+def what(recipe: rotjax.Recipe) -> str:
+    """What is predicted, in the plural."""
     return "rotations" if recipe.job == "rotation" else "classes"
 
 

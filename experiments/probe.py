@@ -1,8 +1,6 @@
 """What the features of a backbone are worth as they are: `python -m experiments.probe --help`."""
 
 import dataclasses
-import hashlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,7 +124,7 @@ def probed(model: rotjax.Classifier, networks: dict[str, dict], data: rotjax.Dat
 
 def _named(name: str, data: rotjax.Dataset, usual: int) -> str:
     """What tells `data`, loaded as `name`, from others in the name of a file: for a folder its path, and another size."""
-    path = hashlib.sha256(os.fsencode(Path(name).expanduser().resolve())).hexdigest()[:8] if sources.is_path(name) else ""
+    path = command.mark(Path(name)) if sources.is_path(name) else ""
     size = f"{data.image_size}px" * (data.image_size != usual)
     return "-".join(filter(None, (data.name.replace("/", "-"), size, path)))
 

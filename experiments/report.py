@@ -188,7 +188,9 @@ def network(facts: Mapping[str, Any]) -> str:
 def next_step(workdir: Path, plan: Plan, data_dir: Path | None = None) -> str:
     """The commands or the line of Python that make use of the run in `workdir`."""
     if plan.recipe.job == "classification":
-        return f'use it in Python:\n  model, variables, recipe = rotjax.load("{workdir}")'
+        predict = _command("predict", {"pretrained": workdir, "images": "FOLDER"})
+        loaded = f'model, variables, recipe = rotjax.load("{workdir}")'
+        return f"next, classify other images:\n  {predict}\nor use it in Python:\n  {loaded}"
     dataset = plan.recipe.dataset if len(plan.data.classes) > 1 else "FOLDER_WITH_A_FOLDER_PER_CLASS"
     recipe, flags = plan.recipe, dict[str, Any](pretrained=workdir, dataset=dataset)
     if recipe.image_size != presets.of_dataset(recipe.dataset)["image_size"]:

@@ -11,6 +11,8 @@ from rotjax.data.dataset import Dataset as Dataset
 from rotjax.data.tasks import all_turns as all_turns
 from rotjax.data.tasks import classify as classify
 from rotjax.data.tasks import random_turn as random_turn
+from rotjax.inference import features as features
+from rotjax.inference import probabilities as probabilities
 from rotjax.models import BACKBONES as BACKBONES
 from rotjax.models import Classifier as Classifier
 from rotjax.models import create as create
@@ -23,7 +25,6 @@ from rotjax.planning import plan as plan
 from rotjax.recipe import Classification as Classification
 from rotjax.recipe import Recipe as Recipe
 from rotjax.recipe import Rotation as Rotation
-from rotjax.representation import features as features
 from rotjax.run import train as train
 from rotjax.training import TrainState as TrainState
 from rotjax.training import cross_entropy as cross_entropy

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import rotjax
-from experiments import benchmark, command, control, prepare, probe, reliability, reproduce, tables
+from experiments import benchmark, command, control, predict, prepare, probe, reliability, reproduce, tables
 from rotjax.recipe_json import to_json
 
 RUN = tempfile.TemporaryDirectory()  # a workdir, of which only the recipe and the summary are read before flags are refused
@@ -25,6 +25,7 @@ COMMANDS = {  # and words that they need beside the flag
     "reproduce": (reproduce.main, ["--list"]),
     "control": (control.main, ["--run=1-rotation-seed0"]),
     "probe": (probe.main, [f"--pretrained={RUN.name}"]),
+    "predict": (predict.main, [f"--pretrained={RUN.name}", f"--images={RUN.name}"]),
     "tables": (tables.main, []),
     "benchmark": (benchmark.main, ["--only=e"]),
     "reliability": (reliability.main, []),
@@ -81,6 +82,7 @@ BAD = {
     "results": FOLDER,
     "profile": FOLDER,
     "pretrained": FOLDER | st.just("nowhere"),
+    "images": FOLDER | st.just("nowhere"),
     "archive": LONG | st.sampled_from(["nowhere", "file"]),
     "only": one_of("z", "1,,2", "resnet18", ","),
     "run": one_of("1", "nope", "4-scratch-20-classification-seed0", "2b-held-classification-seed0"),
@@ -99,7 +101,14 @@ ALLOWED = re.compile(
 )
 
 
-WORK = [(rotjax, "train"), (prepare, "fetch"), (control, "train"), (probe, "probed"), (benchmark, "measure")]
+WORK = [
+    (rotjax, "train"),
+    (prepare, "fetch"),
+    (control, "train"),
+    (probe, "probed"),
+    (predict, "predicted"),
+    (benchmark, "measure"),
+]
 
 
 def accepted(*arguments, **options):

@@ -41,6 +41,14 @@ def found(folder: Path) -> tuple[list[Photograph], int, tuple[str, ...], bool]:
     return train + test, len(train), classes, False
 
 
+def everything(folder: Path) -> list[str]:
+    """Paths, with "/", of all images anywhere below `folder` but hidden ones, in order; DataError where there are none."""
+    files = [file for file in _files(folder) if _suffix(file) in _suffixes()]
+    if not files:
+        raise DataError(f"{shown(folder)} holds no images; name a folder of images")
+    return sorted(file.relative_to(folder).as_posix() for file in files)
+
+
 def _divided(folder: Path) -> tuple[Path, Path | None]:
     """The folders to train and to test on; `folder` and None where nothing is divided."""
     subfolders = {path.name.lower(): path for path in _subfolders(folder)}

@@ -5,7 +5,8 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from rotjax.data.batches import Arrays, check_fits, unlabelled
 from rotjax.data.dataset import Dataset, check_classes
 from rotjax.data.decoded import Record, ahead, decoded, fingerprint, listing
-from rotjax.data.folders import MOST, UNOPENED, Photograph, few, formats, found, shown, unclassed
+from rotjax.data.folders import MOST, UNOPENED, Photograph, everything, few, formats, found, shown, unclassed
 from rotjax.data.pixels import square
 from rotjax.errors import DataError, ReadError, reason
 
@@ -39,18 +40,14 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
     ReadError for a file that cannot be read at present, UsageError where there are fewer files to train on than a batch has
     images.
     """
-    try:
+    with _listing(folder):
         photographs, border, classes, held_out = found(folder)
-    except OSError as error:
-        raise DataError(f"{shown(folder)} cannot be read ({shown(error)}); check its permissions") from error
     check_fits(batch_size, border)
     if labelled:
         check_classes(shown(folder), classes)
     facts = [(*photograph, *_state(folder / photograph.name)) for photograph in photographs]
     key = f"{fingerprint(str(folder.resolve()), image_size)}-{fingerprint(facts)}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Pillow's, of oddities in files that it reads nevertheless
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with _decoding():
         records = partial(_records, folder, image_size, photographs, progress)
         arrays, dropped = decoded(key, len(photographs), image_size, records)
     unreadable = sorted(dropped.values())
@@ -67,6 +64,39 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
     if not classes:
         train, test = ({**part, "label": unlabelled(len(part["image"]))} for part in (train, test))
     return Dataset(folder.resolve().name, classes, train, test)
+
+
+def listed(folder: Path) -> list[str]:
+    """Paths of all images anywhere in `folder`, in order; DataError where there are none, or it cannot be read."""
+    with _listing(folder):
+        return everything(folder)
+
+
+def squares(folder: Path, names: Sequence[str], image_size: int) -> list[np.ndarray | str]:
+    """Of each of `names` in `folder` its middle square u8 `[image_size,image_size,3]`, or why it cannot be read.
+
+    Raises ReadError for a file that cannot be read at present.
+    """
+    with _decoding():
+        return list(ahead(partial(_pixels, folder, image_size), names))
+
+
+@contextmanager
+def _listing(folder: Path) -> Iterator[None]:
+    """Turns what the system says of a block that lists `folder` into DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{shown(folder)} cannot be read ({shown(error)}); check its permissions") from error
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Makes Pillow's warning of too many pixels an error, and silences those of oddities in files that it reads anyway."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def _checked(folder: Path, classes: tuple[str, ...], train: Arrays, test: Arrays, held_out: bool) -> tuple[str, ...]:

@@ -1,0 +1,105 @@
+"""What a trained network sees in new images: `python -m experiments.predict --help`."""
+
+import csv
+import io
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+
+import rotjax
+from experiments import command, figures, plots
+from experiments.report import complain, say
+from rotjax import files, parallel
+from rotjax.data import photographs
+from rotjax.data.folders import few, shown
+from rotjax.errors import DataError
+from rotjax.workdirs import read_recipe
+
+TOGETHER = 1024  # images in memory at once
+LISTED = 20  # classes in the printed summary
+
+
+def main() -> int:
+    """Parses the flags and predicts; returns the exit code."""
+    return command.cli(run, "predict", resumes=False)
+
+
+def run(pretrained: Path, images: Path) -> None:
+    """Say which class a trained network sees in each image of a folder; if it was trained on rotations, which turn.
+
+    The workdir gets a table, predictions-<folder>.csv: each file, the prediction, its probability, and that of every class;
+    and predictions-<folder>.png, some of the images with what was predicted. The name tells folders apart. Turns are
+    counter-clockwise: what is predicted as 90° is upright once turned clockwise by as much.
+
+    Args:
+        pretrained: Workdir of the run whose network it is.
+        images: Folder of images, also in folders below it, of any size; they are scaled and cut as in training.
+    """
+    command.check_folder("images", images, there=True)
+    parallel.check_devices()
+    image_size, names = read_recipe(pretrained).image_size, photographs.listed(images)
+    stem = f"predictions-{images.resolve().name[:40]}-{command.mark(images)}"
+    table, sheet = (command.made(pretrained) / f"{stem}.{kind}" for kind in ("csv", "png"))
+    command.cache_compilations()
+    model, variables, recipe = rotjax.load(pretrained)
+    spread = set(np.linspace(0, len(names) - 1, figures.SHOWN).astype(int).tolist())
+    guesses, lines, drawn, unreadable = Counter[int](), [], [], []
+    seen = command.decoding(predicted(model, variables, images, names, image_size), total=len(names))
+    for number, (name, (pixels, given)) in enumerate(zip(names, seen, strict=True)):
+        if given is None:
+            unreadable.append(f"{shown(name)} ({shown(pixels)})")
+            lines.append([name, *[""] * (2 + len(recipe.classes))])
+            continue
+        guess = int(given.argmax())
+        guesses[guess] += 1
+        lines.append([name, recipe.classes[guess], *(f"{value:.6f}" for value in (given[guess], *given))])
+        if number in spread or not drawn:
+            drawn.append((pixels, guess))
+    if not guesses:
+        raise DataError(f"none of the {len(names):,} images in {shown(images)} can be read: {few(unreadable)}")
+    _write(table, [["file", "prediction", "probability", *recipe.classes], *lines])
+    _draw(sheet, drawn, recipe, guesses.total(), images)
+    if unreadable:
+        what = f"{len(unreadable):,} of {len(names):,} images cannot be read and have no prediction"
+        complain(f"{what}: {few(unreadable)}")
+    for guess, count in guesses.most_common(LISTED):
+        say(f"{count:9,}  {shown(recipe.classes[guess])}")
+    if len(guesses) > LISTED:
+        say(f"{'':9}  and {len(guesses) - LISTED} more")
+    say(f"\n{table}\n{sheet}")
+
+
+def predicted(
+    model: rotjax.Classifier, variables: dict, folder: Path, names: Sequence[str], image_size: int
+) -> Iterator[tuple[np.ndarray | str, np.ndarray | None]]:
+    """Of each of `names` in `folder` the pixels and the probabilities f32 `[C]`, or why it cannot be read and None."""
+    for begin in range(0, len(names), TOGETHER):
+        squares = photographs.squares(folder, names[begin : begin + TOGETHER], image_size)
+        read = [square for square in squares if not isinstance(square, str)]
+        given = iter(rotjax.probabilities(model, variables, np.stack(read)) if read else ())
+        for square in squares:
+            yield square, None if isinstance(square, str) else next(given)
+
+
+def _write(path: Path, lines: Sequence[Sequence[str]]) -> None:
+    """A CSV of `lines`; names of files that are not text keep their bytes."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    files.write(path, text.getvalue().encode(errors="surrogateescape"))
+
+
+def _draw(path: Path, drawn: Sequence[tuple[np.ndarray, int]], recipe: rotjax.Recipe, count: int, folder: Path) -> None:
+    """Draws the pixels and the prediction of some of `count` images in `folder`."""
+    images, guesses = map(np.array, zip(*drawn, strict=True))
+    title = f"Predicted {figures.what(recipe)}"
+    caption = f"{plots.short(folder.resolve().name, 40)}: {len(drawn)} of {count:,} images, evenly spaced"
+    with matplotlib.style.context(["default", plots.STYLE]):
+        plots.save(plots.predictions(images, guesses, guesses, recipe.classes, title, caption), path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

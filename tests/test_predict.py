@@ -1,0 +1,86 @@
+"""What a trained network says of new images."""
+
+import csv
+import os
+import sys
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import rotjax
+from experiments import predict
+from rotjax.data.pixels import square
+from rotjax.errors import DataError
+
+
+def test_probabilities_are_the_softmax_of_the_logits_whatever_the_batch(images):
+    model = rotjax.create("resnet18", 3, "cifar", width=4)
+    variables = rotjax.init_variables(model, 0, 8)
+    found = rotjax.probabilities(model, variables, images["image"], batch_size=20)
+    assert found.dtype == np.float32 and found.shape == (48, 3)
+    np.testing.assert_allclose(found, jax.nn.softmax(model.apply(variables, images["image"])), atol=1e-6)
+    with pytest.raises(TypeError, match="images are float64; give uint8 pixels"):
+        rotjax.probabilities(model, variables, images["image"] / 255)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    recipe = rotjax.Classification(dataset="digits", stem="cifar", image_size=8, width=4, batch_size=64, max_steps=3)
+    list(rotjax.train(rotjax.plan(recipe), folder))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Forty images of odd sizes in two folders, one that cannot be read, and what is no image."""
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        path = tmp_path / "images" / ("one, two" if number % 2 else "three") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (9 + number, 12, 3), dtype=np.uint8)).save(path)
+    path.rename(path.with_name(os.fsdecode(b"\xff.png")))
+    for name in ("damaged.png", "notes.txt", ".hidden.png"):
+        (tmp_path / "images" / name).write_text("nothing")
+    return tmp_path / "images"
+
+
+def test_every_image_of_a_folder_gets_its_prediction(workdir, folder, monkeypatch, capsys):
+    monkeypatch.setattr(predict, "TOGETHER", 16)
+    monkeypatch.setattr(sys, "argv", ["predict", f"--pretrained={workdir}", f"--images={folder}"])
+    assert predict.main() == 0
+    out, err = capsys.readouterr()
+    (table,), (sheet,) = workdir.glob("predictions-images-*.csv"), workdir.glob("predictions-images-*.png")
+    assert f"{table}\n{sheet}\n" in out
+    with Image.open(sheet) as image:
+        assert image.width == 800
+    assert (
+        err == "rotjax: 1 of 41 images cannot be read and have no prediction: damaged.png (not an image that Pillow opens)\n"
+    )
+
+    with open(table, newline="", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.png"))
+    assert [row["file"] for row in rows] == ["damaged.png", *names]
+    assert set(rows.pop(0).values()) == {"damaged.png", ""}
+    model, variables, recipe = rotjax.load(workdir)
+    given = rotjax.probabilities(model, variables, np.stack([square(Image.open(folder / name), 8) for name in names]))
+    for row, values in zip(rows, given, strict=True):
+        assert row["prediction"] == recipe.classes[values.argmax()]
+        np.testing.assert_allclose([float(row[name]) for name in recipe.classes], values, atol=1e-5)
+        assert row["probability"] == row[row["prediction"]]
+    for name, count in Counter(row["prediction"] for row in rows).items():
+        assert f"{count:9}  {name}\n" in out
+
+
+def test_a_folder_without_an_image_that_can_be_read_is_refused_and_leaves_nothing(workdir, tmp_path):
+    with pytest.raises(DataError, match="holds no images; name a folder of images"):
+        predict.run(workdir, tmp_path)
+    before = sorted(workdir.iterdir())
+    (tmp_path / "damaged.png").touch()
+    with pytest.raises(DataError, match=r"none of the 1 images in .* can be read: damaged.png \(empty\)"):
+        predict.run(workdir, tmp_path)
+    assert sorted(workdir.iterdir()) == before
