@@ -18,7 +18,7 @@ from experiments import command, overheads, peers, speed
 from experiments.outcomes import RESULTS, commit, read_result
 from experiments.report import complain, say
 from experiments.tables import table
-from rotjax import parallel
+from rotjax import processes
 from rotjax.errors import RotjaxError, UsageError, reason
 from rotjax.feed import Where
 from rotjax.files import write, write_json
@@ -173,7 +173,7 @@ def run(only: str = "", repeats: int = 5, results: command.ResultsDir = RESULTS,
     asked = chosen(only)
     command.check_folder("results", results)
     command.check_folder("profile", profile)
-    parallel.check_devices()
+    processes.check_devices()
     command.cache_compilations()
     if (count := jax.device_count()) > 1:
         raise UsageError(f"the peers use one device and here are {count}; set CUDA_VISIBLE_DEVICES=0 or TPU_VISIBLE_CHIPS=0")

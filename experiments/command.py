@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 import rotjax
 from experiments import figures, report
-from rotjax import checkpoints, feed, files, parallel, presets
+from rotjax import checkpoints, feed, files, presets, processes
 from rotjax.errors import DesertedError, RotjaxError, Stopped, UsageError, reason
 from rotjax.feed import Where
 from rotjax.recipe import NETWORK
 from rotjax.run import check_cadence
-from rotjax.workdirs import heeded, second_signal
+from rotjax.signals import heeded, second_signal
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def guarded(job, resumes: bool = True, smaller: str = SMALLER) -> int:
     for kind in heeded():
         signal.signal(kind, _interrupt)
     try:
-        with report.listening(), parallel.deserted():
+        with report.listening(), processes.deserted():
             job()
     except KeyboardInterrupt:
         return _failed(Stopped(f"stopped; the same command {'resumes' if resumes else 'begins anew'}"))
@@ -190,20 +190,20 @@ def _interrupt(number, frame):
 def run(recipe: rotjax.Recipe, execution: Execution) -> None:
     """Trains `recipe` and says what came of it."""
     workdir, plan = train(recipe, execution)
-    with parallel.together():
-        if parallel.primary():
+    with processes.together():
+        if processes.primary():
             report.summarise(workdir, plan, execution.data_dir)
 
 
 def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Plan]:
     """The workdir of `recipe`, trained under a progress bar, with figures beside the run's files; and its plan."""
     check_cadence(execution.log_steps, execution.checkpoint_seconds)
-    (parallel.join if execution.distributed else parallel.check_devices)()
+    (processes.join if execution.distributed else processes.check_devices)()
     feed.check(execution.steps_per_dispatch, execution.threads)
-    if not parallel.primary():
+    if not processes.primary():
         sys.stdout = None
     warn_of_idle_gpu()
-    with parallel.together():
+    with processes.together():
         plan = rotjax.plan(recipe, data_dir=execution.data_dir, workdir=execution.workdir, progress=decoding)
     warn_of_thin_batches(plan.recipe.batch_size)
     cache_compilations()

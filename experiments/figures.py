@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 import rotjax
 from experiments import plots
-from rotjax import parallel
+from rotjax import processes
 from rotjax.files import read_rows
 from rotjax.planning import Plan
 from rotjax.workdirs import read_summary
@@ -34,17 +34,17 @@ def draw(workdir: Path, plan: Plan) -> None:
     Raises CheckpointError where it cannot write.
     """
     run, finished = _Run(workdir, plan), workdir / "summary.json"
-    with parallel.together():
-        stale = [name for name in FIGURES if parallel.primary() and not _newer(workdir / name, finished)]
-    missing = [name for name in FIGURES if parallel.of_primary(name in stale)]
+    with processes.together():
+        stale = [name for name in FIGURES if processes.primary() and not _newer(workdir / name, finished)]
+    missing = [name for name in FIGURES if processes.of_primary(name in stale)]
     if missing:
         log.info("drawing the figures")
     with matplotlib.style.context(["default", plots.STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a class's name, which becomes a box
         for name in missing:
-            with parallel.together():
+            with processes.together():
                 figure = FIGURES[name](run)
-                if parallel.primary():
+                if processes.primary():
                     plots.save(figure, workdir / name)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import rotjax
 from experiments import command, figures, plots
 from experiments.report import complain, say
-from rotjax import files, parallel
+from rotjax import files, processes
 from rotjax.data import photographs
 from rotjax.data.folders import few, shown
 from rotjax.errors import DataError
@@ -40,7 +40,7 @@ def run(pretrained: Path, images: Path) -> None:
         images: Folder of images, also in folders below it, of any size; they are scaled and cut as in training.
     """
     command.check_folder("images", images, there=True)
-    parallel.check_devices()
+    processes.check_devices()
     image_size, names = read_recipe(pretrained).image_size, photographs.listed(images)
     stem = f"predictions-{images.resolve().name[:40]}-{command.mark(images)}"
     table, sheet = (command.made(pretrained) / f"{stem}.{kind}" for kind in ("csv", "png"))

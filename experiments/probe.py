@@ -15,7 +15,7 @@ import rotjax
 from experiments import command, tables
 from experiments.outcomes import PROBES, accuracy
 from experiments.report import say
-from rotjax import parallel
+from rotjax import processes
 from rotjax.data import sources
 from rotjax.errors import DataError, UsageError
 from rotjax.files import write_json
@@ -56,7 +56,7 @@ def run(
     command.check_folder("data_dir", data_dir)
     if results:
         tables.check(results, there=True)
-    parallel.check_devices()
+    processes.check_devices()
     recipe, summary = read_recipe(pretrained), read_summary(pretrained)
     size, name = recipe.image_size if image_size is None else image_size, sources.canonical(dataset or recipe.dataset)
     check(dataclasses.replace(recipe, dataset=name, image_size=size))

@@ -19,6 +19,7 @@ from rotjax.models import create as create
 from rotjax.optim import adamw as adamw
 from rotjax.optim import piecewise as piecewise
 from rotjax.optim import sgd as sgd
+from rotjax.parallel import place as place
 from rotjax.planning import Plan as Plan
 from rotjax.planning import load as load
 from rotjax.planning import plan as plan
@@ -26,14 +27,13 @@ from rotjax.recipe import Classification as Classification
 from rotjax.recipe import Recipe as Recipe
 from rotjax.recipe import Rotation as Rotation
 from rotjax.run import train as train
-from rotjax.training import TrainState as TrainState
+from rotjax.state import TrainState as TrainState
+from rotjax.state import init_state as init_state
+from rotjax.state import init_variables as init_variables
 from rotjax.training import cross_entropy as cross_entropy
 from rotjax.training import eval_step as eval_step
 from rotjax.training import evaluate as evaluate
 from rotjax.training import fit as fit
-from rotjax.training import init_state as init_state
-from rotjax.training import init_variables as init_variables
-from rotjax.training import place as place
 from rotjax.training import train_step as train_step
 from rotjax.training import train_steps as train_steps
 from rotjax.transfer import graft as graft

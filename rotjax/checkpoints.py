@@ -18,9 +18,9 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from rotjax import manifests, parallel
+from rotjax import manifests, processes
 from rotjax.errors import CheckpointError, in_bytes, reason
-from rotjax.training import TrainState, check_finite
+from rotjax.state import TrainState, check_finite
 from rotjax.transfer import joined, part
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def open_checkpoints(directory: Path, claim: Callable[[], None] = lambda: None) 
     written, or where the last save failed.
     """
     try:
-        if parallel.primary():
+        if processes.primary():
             directory.mkdir(parents=True, exist_ok=True)
             for step in manifests.unfinished(directory):
                 manifests.discard(directory, step)
@@ -58,7 +58,7 @@ def open_checkpoints(directory: Path, claim: Callable[[], None] = lambda: None) 
         yield checkpoints
         wait(checkpoints)
     finally:
-        pool.shutdown(wait=parallel.alone() or sys.exception() is None)  # fellows that are gone would be waited for
+        pool.shutdown(wait=processes.alone() or sys.exception() is None)  # fellows that are gone would be waited for
 
 
 def save(checkpoints: Checkpoints, state: TrainState) -> None:
@@ -69,21 +69,21 @@ def save(checkpoints: Checkpoints, state: TrainState) -> None:
     """
     check_finite(state)
     step, directory, size = int(state.step), checkpoints.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    with parallel.together():
+    with processes.together():
         wait(checkpoints)
         checkpoints.claim()
-    if parallel.of_primary(parallel.primary() and _sound(directory, step)):
+    if processes.of_primary(processes.primary() and _sound(directory, step)):
         return
     try:
-        with parallel.together():
-            if parallel.primary():
+        with processes.together():
+            if processes.primary():
                 _begin(directory, step, size)
         context = ocp.Context()
         context.array.saving.use_replica_parallel = False  # else it compiles a program for every slice
         with context:
             response = ocp.save_checkpointables_async(_absolute(directory / str(step)), _parts(state), overwrite=True)
     except (OSError, ValueError) as error:
-        if parallel.lost(error):
+        if processes.lost(error):
             raise
         raise _unsaved(directory, step, size, error) from error
     checkpoints.pending = checkpoints.pool.submit(_finish, checkpoints, step, size, response)
@@ -175,7 +175,7 @@ def _finish(checkpoints: Checkpoints, step: int, size: int, response: ocp.AsyncR
     directory = checkpoints.directory
     try:
         response.result()
-        if not parallel.primary():
+        if not processes.primary():
             return
         checkpoints.claim()
         manifests.finish(directory, step)
@@ -185,10 +185,10 @@ def _finish(checkpoints: Checkpoints, step: int, size: int, response: ocp.AsyncR
             manifests.remove(directory, other)
     except Exception as error:  # of Orbax and TensorStore too
         with suppress(OSError, CheckpointError):  # Orbax may still be writing other parts: then the next run clears away
-            if parallel.primary():
+            if processes.primary():
                 checkpoints.claim()
                 manifests.discard(directory, step)
-        if parallel.lost(error):
+        if processes.lost(error):
             raise
         raise _unsaved(directory, step, size, error) from error
 

@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 
 from rotjax.data.batches import Arrays, Batches, viewed
 from rotjax.errors import UsageError
-from rotjax.parallel import highest, replicated
+from rotjax.parallel import replicated
 from rotjax.planning import Plan
+from rotjax.processes import highest
 from rotjax.training import Make, sent
 
 log = logging.getLogger(__name__)

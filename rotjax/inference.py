@@ -12,8 +12,7 @@ import numpy as np
 from rotjax.data.batches import eval_batches, read, unlabelled
 from rotjax.data.tasks import classify
 from rotjax.models.classifier import STAGES, Classifier
-from rotjax.parallel import data_mesh, replicated
-from rotjax.training import place
+from rotjax.parallel import data_mesh, place, replicated
 
 
 def features(model: Classifier, variables: dict, images: np.ndarray, *, batch_size: int = 256) -> dict[str, np.ndarray]:

@@ -52,7 +52,9 @@ def adamw(
     return _for_trainable(optax.adamw(schedule, weight_decay=weight_decay), frozen)
 
 
-def sgd(schedule: optax.ScalarOrSchedule, weight_decay: float, frozen: tuple[str, ...] = ()) -> optax.GradientTransformation:
+def sgd(
+    schedule: optax.ScalarOrSchedule, weight_decay: float = 5e-4, frozen: tuple[str, ...] = ()
+) -> optax.GradientTransformation:
     """SGD with Nesterov momentum 0.9 and L2 weight decay on all parameters, as torch's; `frozen` as in `adamw`."""
     momentum = optax.sgd(schedule, momentum=0.9, nesterov=True)
     return _for_trainable(optax.chain(optax.add_decayed_weights(weight_decay), momentum), frozen)

@@ -9,13 +9,14 @@ from pathlib import Path
 import jax
 import optax
 
-from rotjax import checkpoints, optim, training, workdirs
+from rotjax import checkpoints, optim, workdirs
 from rotjax.data import batches, sources
 from rotjax.data.dataset import Dataset, check_classes
 from rotjax.errors import UsageError
 from rotjax.models import Classifier
 from rotjax.parallel import check_batch, data_mesh, replicated
 from rotjax.recipe import NETWORK, Classification, Recipe, check
+from rotjax.state import abstract_variables
 from rotjax.transfer import joined, part
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def plan(
         recipe, step = _inherit(recipe, donor)
     recipe = recipe.resolved()
     check(recipe)
-    check_batch(recipe.batch_size, data_mesh())
+    check_batch(recipe.batch_size, data_mesh().size)
     if workdir is not None:
         workdirs.check_vacant(Path(workdir), recipe)
     backbone = _load_parts(recipe, donor, step, "backbone")["backbone"] if donor else None
@@ -145,6 +146,6 @@ def _classes(recipe: Classification, data: Dataset) -> tuple[Classification, Dat
 def _load_parts(recipe: Recipe, workdir: Path, step: int, *names: str) -> dict[str, dict]:
     """The parts `names` of the network of `recipe` from a checkpoint in `workdir`."""
     model = (recipe if recipe.classes else dataclasses.replace(recipe, classes=("",))).model()
-    variables, sharding = training.abstract_variables(model, recipe.image_size), replicated(data_mesh())
+    variables, sharding = abstract_variables(model, recipe.image_size), replicated(data_mesh())
     variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), variables)
     return checkpoints.load_parts(workdir / "checkpoints", step, {name: part(variables, name) for name in names})

@@ -16,17 +16,18 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from rotjax import checkpoints, files, optim, parallel, scoring, training, workdirs
+from rotjax import checkpoints, files, optim, processes, scoring, signals, training, workdirs
 from rotjax import feed as feeds
 from rotjax.data import batches, tasks
 from rotjax.data.augmentation import train_view
 from rotjax.errors import Stopped, UsageError
 from rotjax.feed import Feed, Stream, Where
 from rotjax.models import Classifier
-from rotjax.parallel import data_mesh
+from rotjax.parallel import data_mesh, place, split
 from rotjax.planning import Plan
 from rotjax.recipe import Classification
 from rotjax.recipe_json import to_json
+from rotjax.state import TrainState, init_state, init_variables
 from rotjax.transfer import graft
 
 log = logging.getLogger(__name__)
@@ -58,22 +59,22 @@ def train(
     feed = feeds.choose(plan, augment, steps_per_dispatch, threads)
     _check_alike(plan, feed, log_steps)
     with ExitStack() as stack:
-        with parallel.together():
-            claim = stack.enter_context(workdirs.claimed(workdir, recipe, plan.data)) if parallel.primary() else _ignore
-            stopping = stack.enter_context(workdirs.signals())
+        with processes.together():
+            claim = stack.enter_context(workdirs.claimed(workdir, recipe, plan.data)) if processes.primary() else _ignore
+            stopping = stack.enter_context(signals.stopping())
             saved = stack.enter_context(checkpoints.open_checkpoints(workdir / "checkpoints", claim))
-            newest = checkpoints.newest(saved.directory) if parallel.primary() else None
-        first = parallel.of_primary(newest or 0)
-        if parallel.of_primary(first == plan.steps and (workdir / "summary.json").exists()):
+            newest = checkpoints.newest(saved.directory) if processes.primary() else None
+        first = processes.of_primary(newest or 0)
+        if processes.of_primary(first == plan.steps and (workdir / "summary.json").exists()):
             log.info(f"already complete at step {first}")
             return
         model, optimizer, state = _build(plan)
         if first:
             state = checkpoints.restore(saved.directory, first, state)
             log.info(f"resuming from step {first} of {plan.steps}")
-        with parallel.together():
-            logged, write = stack.enter_context(workdirs.metrics(workdir, first)) if parallel.primary() else ([], _ignore)
-        score, testing = scoring.scorer(plan, model, feed, partial(_until, stopping, log_steps)), 0.0
+        with processes.together():
+            logged, write = stack.enter_context(workdirs.metrics(workdir, first)) if processes.primary() else ([], _ignore)
+        score, elsewhere = scoring.scorer(plan, model, feed, partial(_until, stopping, log_steps)), 0.0
         stream = train_stream(plan, feed, mesh, recipe.train_task)
         step = _compiled(plan, feed, mesh, model, optimizer, state, stream)
         placed = stack.enter_context(closing(_placed(plan, feed, mesh, stream, first)))
@@ -85,25 +86,27 @@ def train(
             for state, rows in chain([(state, _untested(plan, state, logged))], trained):  # noqa: B020
                 for row in rows:
                     if "train_loss" in row:
-                        testing -= time.perf_counter()
+                        elsewhere -= time.perf_counter()
                         result = score(state.variables, recipe.eval_task, row["epoch"])
-                        testing += time.perf_counter()
+                        elsewhere += time.perf_counter()
                         row |= {"test_loss": result["loss"], "test_accuracy": result["accuracy"]}
-                    with parallel.together():
+                    with processes.together():
                         write(row)
+                    elsewhere -= time.perf_counter()
                     yield row
-                if not rows and not parallel.alone():
+                    elsewhere += time.perf_counter()
+                if not rows and not processes.alone():
                     continue  # processes agree only where they wait for the device anyway
-                with parallel.together():
+                with processes.together():
                     checkpoints.check(saved)
-                due = parallel.primary() and time.perf_counter() - last_save >= checkpoint_seconds
-                wish = parallel.highest(_STOP if stopping.is_set() else _SAVE if due else 0)
+                due = processes.primary() and time.perf_counter() - last_save >= checkpoint_seconds
+                wish = processes.highest(_STOP if stopping.is_set() else _SAVE if due else 0)
                 if wish == _STOP:
                     raise _Signalled
                 if wish == _SAVE:
                     _save(saved, state)
                     last_save = time.perf_counter()
-            seconds = time.perf_counter() - started - testing
+            seconds = time.perf_counter() - started - elsewhere
             _save(saved, state)
             log.info(f"scoring the {recipe.tested_on}")
             scores = scoring.final_scores(plan, score, state.variables)
@@ -118,9 +121,9 @@ def train(
             "wall_seconds": round(time.perf_counter() - began, 1),
             "resumed_from": first or None,
         }
-        with parallel.together():
+        with processes.together():
             checkpoints.wait(saved)
-            if parallel.primary():
+            if processes.primary():
                 claim()
                 files.write_json(workdir / "summary.json", summary | _facts(plan, mesh))
 
@@ -159,11 +162,11 @@ def versions(*names: str) -> dict[str, str]:
     return found
 
 
-def _build(plan: Plan) -> tuple[Classifier, optax.GradientTransformation, training.TrainState]:
+def _build(plan: Plan) -> tuple[Classifier, optax.GradientTransformation, TrainState]:
     """The network, its optimizer, and the state at step 0: initialise, graft, then the optimizer's state."""
     recipe = plan.recipe
     model = recipe.model()
-    variables = training.init_variables(model, recipe.seed, recipe.image_size)
+    variables = init_variables(model, recipe.seed, recipe.image_size)
     if isinstance(recipe, Classification) and plan.backbone is not None:
         variables = graft(variables, "backbone", plan.backbone)
         log.info(
@@ -176,16 +179,16 @@ def _build(plan: Plan) -> tuple[Classifier, optax.GradientTransformation, traini
     statistics = "held" if recipe.held else "moving"
     frozen = f"; frozen: {', '.join(recipe.frozen)}, their statistics {statistics}" if recipe.frozen else ""
     log.info(f"{recipe.backbone}, {recipe.stem} stem: {trainable:,} of {sum(sizes):,} parameters train{frozen}")
-    return model, optimizer, training.init_state(optimizer, variables)
+    return model, optimizer, init_state(optimizer, variables)
 
 
 def _check_alike(plan: Plan, feed: Feed, log_steps: int) -> None:
     """Raises UsageError in every process where they were not all started on the same."""
-    if parallel.alone():
+    if processes.alone():
         return
     given = {"recipe": to_json(plan.recipe), "data": plan.data.facts(), "log_steps": log_steps}
     for name, value in (given | {"augment": feed.augment, "steps_per_dispatch": feed.per_dispatch}).items():
-        if not parallel.alike(json.dumps(value, sort_keys=True)):
+        if not processes.alike(json.dumps(value, sort_keys=True)):
             raise UsageError(f"the processes of this run differ in their {name}; start all with the same flags and data")
 
 
@@ -196,7 +199,7 @@ class _Signalled(Exception):
 def _until(stopping: Event, every: int, items: Iterable) -> Iterator:
     """`items`, until a signal has come; to any of several processes, which ask each other before each `every`th item."""
     for number, item in enumerate(items):
-        if (parallel.alone() or number % every == 0) and parallel.highest(stopping.is_set()):
+        if (processes.alone() or number % every == 0) and processes.highest(stopping.is_set()):
             raise _Signalled
         yield item
 
@@ -205,17 +208,17 @@ def _ignore(*_) -> None:
     """What processes that are not the first write, and ask before they do."""
 
 
-def _untested(plan: Plan, state: training.TrainState, logged: Sequence[dict]) -> list[dict]:
+def _untested(plan: Plan, state: TrainState, logged: Sequence[dict]) -> list[dict]:
     """The row of the epoch that ended with `state` where a signal broke its test off: it is not among those `logged`."""
     step = int(state.step)
     if not step or (step % plan.epoch_steps and step != plan.steps):
         return []
-    if parallel.of_primary(any(row["step"] == step and "test_loss" in row for row in logged)):
+    if processes.of_primary(any(row["step"] == step and "test_loss" in row for row in logged)):
         return []
     return [training.epoch_row(state, -(-step // plan.epoch_steps))]
 
 
-def _save(saved: checkpoints.Checkpoints, state: training.TrainState) -> None:
+def _save(saved: checkpoints.Checkpoints, state: TrainState) -> None:
     """Saves `state` unless it is that of step 0."""
     if int(state.step):
         checkpoints.save(saved, state)
@@ -235,20 +238,20 @@ def _compiled(
     mesh: Mesh,
     model: Classifier,
     optimizer: optax.GradientTransformation,
-    state: training.TrainState,
+    state: TrainState,
     stream: Stream,
 ) -> training.Step:
     """The train steps of one dispatch, compiled for each number of steps that dispatches from `state` on take."""
     loss = partial(training.cross_entropy, smoothing=plan.recipe.label_smoothing)
-    step = training.train_steps(model, optimizer, mesh, stream.make, loss)
+    step = training.train_steps(model, optimizer, mesh, make=stream.make, loss=loss)
     if sizes := feeds.programs(int(state.step), plan.steps, plan.epoch_steps, feed.per_dispatch):
         log.info("compiling the train step")
     first: Any = stream.elements[0]
-    (one,) = training.place([first], mesh)
+    (one,) = place([first], mesh)
 
     def program(size: int) -> jax.stages.Compiled:
         def several(x):
-            return jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=parallel.split(mesh, axis=1))
+            return jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=split(mesh, axis=1))
 
         return step.lower(state, jax.tree.map(several, one), stream.data).compile()
 
@@ -260,4 +263,4 @@ def _placed(plan: Plan, feed: Feed, mesh: Mesh, stream: Stream, first: int) -> G
     """Yields the placed input of each dispatch from step `first` on."""
     with closing(batches.read(stream.elements, start=first, threads=feed.threads, ahead=2 * feed.per_dispatch)) as reader:
         groups = feeds.stacked(reader, feeds.sizes(first, plan.steps, plan.epoch_steps, feed.per_dispatch))
-        yield from training.place(groups, mesh, axis=1)
+        yield from place(groups, mesh, axis=1)

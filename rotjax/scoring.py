@@ -11,7 +11,7 @@ from rotjax.data import batches, tasks
 from rotjax.data.augmentation import eval_view
 from rotjax.feed import Feed
 from rotjax.models import Classifier
-from rotjax.parallel import data_mesh
+from rotjax.parallel import data_mesh, place
 from rotjax.planning import Plan
 from rotjax.recipe import Rotation
 
@@ -24,7 +24,7 @@ def scorer(plan: Plan, model: Classifier, feed: Feed, until: Callable[[Iterable]
     """`(variables, task, epoch) -> loss, accuracy, confusion` on every test image."""
     recipe, mesh = plan.recipe, data_mesh()
     data = feed.put(plan.data.test, mesh)
-    step = cache(partial(training.eval_step, model, mesh))  # the same functions after every epoch, or jit compiles again
+    step = cache(lambda make: training.eval_step(model, mesh, make=make))  # the same each epoch, or jit compiles again
     view = cache(lambda task: partial(eval_view, task=task))
 
     def score(variables: dict, task: tasks.Task, epoch: int) -> dict:
@@ -34,7 +34,7 @@ def scorer(plan: Plan, model: Classifier, feed: Feed, until: Callable[[Iterable]
         picks = batches.eval_picks(count, size, seed=recipe.seed, epoch=epoch)
         stream = feed.stream(picks, view(task), data)
         with closing(batches.read(stream.elements, threads=feed.threads)) as reader:
-            placed = training.place(until(reader), mesh)
+            placed = place(until(reader), mesh)
             return training.evaluate(partial(step(stream.make), data=stream.data), variables, placed)
 
     return score

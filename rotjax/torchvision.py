@@ -9,7 +9,7 @@ import numpy as np
 
 from rotjax.errors import UsageError
 from rotjax.models import create
-from rotjax.training import abstract_variables
+from rotjax.state import abstract_variables
 
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 TO_TORCH = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}  # by rank: a vector, a dense kernel, a convolution's HWIO to OIHW

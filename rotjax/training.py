@@ -7,80 +7,19 @@ from functools import partial, reduce
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 from jax.sharding import Mesh
 
-from rotjax.errors import NonFiniteError
-from rotjax.parallel import data_mesh, over, replicated, shared, split, whole
+from rotjax.parallel import data_mesh, over, replicated, shared, whole
+from rotjax.state import TrainState, check_finite, no_sums
 
 Row = dict[str, Any]
 Make = Callable[[Any, dict], dict]  # (what lies on the devices, what is sent to them) -> batch
-Step = Callable[["TrainState", dict], tuple["TrainState", dict[str, jax.Array]]]
+Step = Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits [B,C], labels [B]) -> [B]
-
-
-@flax.struct.dataclass
-class TrainState:
-    """Arrays only, so that saving it is saving the run.
-
-    `variables` are what `model.apply` takes; `sums` are `loss`, `correct` and `count` since the epoch began, and `bad_step`,
-    the first of its steps whose loss was not finite, or which ended a dispatch with variables that were not; 0: none.
-    """
-
-    step: jax.Array
-    variables: dict
-    opt_state: Any
-    sums: dict[str, jax.Array]
-
-
-def init_variables(model: nn.Module, seed: int, image_size: int) -> dict:
-    """`{'params', 'batch_stats'}` drawn from `seed`, on the host for every kind of device, by one program for all arrays.
-
-    The fields of `model` have to be hashable: tuples, not lists.
-    """
-    key = jax.random.key(seed)
-    if isinstance(key, Tracer):
-        return _drawn(model, key, image_size)
-    alone, cpu = jax.sharding.get_abstract_mesh().empty, jax.default_backend() == "cpu"  # whether the caller has set no mesh
-    if alone and cpu:
-        return _drawn_quickly(model, key, image_size)
-    try:
-        host = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS leaves it out
-        return _drawn(model, key, image_size)
-    with jax.default_device(host) if alone else jax.set_mesh(data_mesh([host])):
-        drawn = jax.device_get(_drawn_quickly(model, jax.random.key(seed), image_size))
-    return jax.device_put(drawn)
-
-
-def abstract_variables(model: nn.Module, image_size: int) -> dict:
-    """Shapes and dtypes of `init_variables`, without computing any."""
-    return _drawn.eval_shape(model, jax.random.key(0), image_size)
-
-
-def _draw(model: nn.Module, key: jax.Array, image_size: int) -> dict:
-    return dict(model.init(key, jnp.zeros((1, image_size, image_size, 3), jnp.uint8)))
-
-
-# At the top level, so that a network is traced once for all of its variables.
-_drawn = jax.jit(_draw, static_argnums=(0, 2))
-# A program that runs once, in less time than optimizing it takes: of DenseNet121, half a minute with jax 0.12.
-_drawn_quickly = jax.jit(_draw, static_argnums=(0, 2), compiler_options={"xla_backend_optimization_level": 1})
-
-
-def init_state(optimizer: optax.GradientTransformation, variables: dict, mesh: Mesh | None = None) -> TrainState:
-    """Step 0 from `variables`, alike in all processes, replicated over `mesh`, by default over all devices."""
-
-    def state(variables):
-        return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables["params"]), _no_sums())
-
-    mesh = mesh or data_mesh()
-    return jax.jit(over(mesh, state), out_shardings=replicated(mesh))(jax.tree.map(np.asarray, variables))
 
 
 def sent(data: Any, batch: dict) -> dict:
@@ -96,14 +35,15 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
 
 
 def train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, loss: Loss = cross_entropy
+    model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, *, loss: Loss = cross_entropy
 ) -> jax.stages.Wrapped:
     """A jitted `(state, batch) -> (state, metrics)`; the input state is donated.
 
     `batch` is `{'image': u8[B,H,W,3], 'label': i32[B]}`, with labels from 0 on, below the number of logits (the loss of
     larger ones is NaN); `metrics` are the `loss` and `accuracy` of this batch. Under a mesh of several devices batch
-    statistics are the whole batch's, and each device computes its share, of arrays that nobody placed too; UsageError for a
-    batch that they cannot share equally.
+    statistics are the whole batch's, and each device computes its share; UsageError for a batch that they cannot share
+    equally. One process may leave a batch unplaced; with several, pass what `place` yields: an array that nobody placed
+    would be taken for the whole batch, alike in all.
     """
     mesh = mesh or data_mesh()
     step = _step(model, optimizer, loss, mesh)
@@ -119,6 +59,7 @@ def train_steps(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
+    *,
     make: Make = sent,
     loss: Loss = cross_entropy,
 ) -> jax.stages.Wrapped:
@@ -183,11 +124,11 @@ def _marked(state: TrainState, finite: jax.Array) -> TrainState:
     return dataclasses.replace(state, sums=state.sums | {"bad_step": jnp.where(finite | (before > 0), before, state.step)})
 
 
-def eval_step(model: nn.Module, mesh: Mesh | None = None, make: Make = sent) -> jax.stages.Wrapped:
+def eval_step(model: nn.Module, mesh: Mesh | None = None, *, make: Make = sent) -> jax.stages.Wrapped:
     """A jitted `(variables, batch, data=None) -> sums` over the images of `make(data, batch)`, by default `batch`.
 
-    `sums` are the `weight`ed `loss`, f32 `[]`, and `confusion`, f32 `[C,C]` indexed `[true, predicted]`. Devices share a
-    batch where they can share it equally, as one of `eval_batches`.
+    A batch is that of `train_step` with `weight` f32 `[B]`, as `eval_batches` gives it. `sums` are the weighted `loss`, f32
+    `[]`, and `confusion`, f32 `[C,C]` indexed `[true, predicted]`. Devices share a batch where they can share it equally.
     """
     apply: Callable[..., Any] = model.apply
     mesh = mesh or data_mesh()
@@ -202,27 +143,21 @@ def eval_step(model: nn.Module, mesh: Mesh | None = None, make: Make = sent) -> 
     return jax.jit(over(mesh, step), out_shardings=replicated(mesh))
 
 
-def place(batches: Iterable[dict], mesh: Mesh | None = None, *, axis: int = 0) -> Iterator[dict[str, jax.Array]]:
-    """Yields `batches` as global arrays, sharded along `axis` over the devices of `mesh`, by default all devices.
-
-    With several processes, each passes only its own devices' slice, as `train_batches` yields it, not the global batch.
-    """
-    put = partial(jax.make_array_from_process_local_data, split(mesh or data_mesh(), axis))
-    for batch in batches:
-        yield put(batch)
-
-
 def evaluate(step: Callable[[dict, dict], dict[str, jax.Array]], variables: dict, batches: Iterable[dict]) -> Row:
-    """`loss` and `accuracy` over all images, and the `confusion` matrix i64 `[true, predicted]`; ValueError without any."""
+    """`loss` and `accuracy` over all images, and the `confusion` matrix i64 `[true, predicted]`.
+
+    Raises ValueError without a batch, or an image of weight whose label is below the number of logits.
+    """
     add, results = partial(jax.tree.map, operator.add), (step(variables, batch) for batch in batches)
     if (first := next(results, None)) is None:
         raise ValueError("there is no batch to evaluate on; give one, of an iterator that is not used up")
     sums = reduce(add, results, first)
     confusion = np.asarray(sums["confusion"]).astype(np.int64)
-    count = confusion.sum()
+    if not (count := int(confusion.sum())):
+        raise ValueError("no image has a label below the number of logits; give the classes that the network has")
     return {
-        "loss": float(sums["loss"]) / int(count),
-        "accuracy": int(np.trace(confusion)) / int(count),
+        "loss": float(sums["loss"]) / count,
+        "accuracy": int(np.trace(confusion)) / count,
         "confusion": confusion,
     }
 
@@ -249,7 +184,7 @@ def fit(
     batch = next(batches, None) if number < steps else None
     while batch is not None:
         if number % epoch_steps == 0:
-            state = dataclasses.replace(state, sums=jax.jit(_no_sums, out_shardings=state.step.sharding)())
+            state = dataclasses.replace(state, sums=jax.jit(no_sums, out_shardings=state.step.sharding)())
         state, metrics = step(state, batch)
         before, number = number, number + metrics["loss"].size
         batch = next(batches, None) if number < steps else None  # now, while the devices work, before they are waited for
@@ -278,13 +213,3 @@ def epoch_row(state: TrainState, epoch: int) -> Row:
     count = int(sums["count"])
     row = {"step": int(step), "epoch": epoch, "train_loss": float(sums["loss"]) / count}
     return row | {"train_accuracy": int(sums["correct"]) / count}
-
-
-def check_finite(state: TrainState) -> None:
-    """Raises NonFiniteError naming `bad_step`, the step of this epoch by which the loss or the variables were not finite."""
-    if bad := int(state.sums["bad_step"]):
-        raise NonFiniteError(f"the loss or the network is not finite at step {bad}; lower the learning rate")
-
-
-def _no_sums() -> dict[str, jax.Array]:
-    return {"loss": jnp.zeros(())} | {name: jnp.zeros((), jnp.int32) for name in ("correct", "count", "bad_step")}

@@ -7,7 +7,10 @@ from rotjax.errors import UsageError
 
 
 def part(variables: dict, name: str) -> dict:
-    """The subtree `name`, `'backbone'` or `'head'`, of each collection of `variables`; UsageError where none has it."""
+    """The subtree `name`, `'backbone'` or `'head'`, of each collection of `variables`, whose arrays it shares.
+
+    Raises UsageError where none has it.
+    """
     found = {collection: tree[name] for collection, tree in variables.items() if name in tree}
     if not found:
         there = sorted({name for tree in variables.values() for name in tree})
@@ -22,9 +25,10 @@ def joined(parts: dict[str, dict]) -> dict:
 
 
 def graft(variables: dict, name: str, donor: dict) -> dict:
-    """A copy of `variables` with its part `name` replaced by `donor`, the same `part` of another network.
+    """`variables` with the part `name` replaced by `donor`, the same `part` of another network.
 
-    Raises UsageError unless both have the same paths, shapes and dtypes.
+    The arrays are those of both: a step to which their state is donated deletes them; `init_state` copies. Raises UsageError
+    unless both have the same paths, shapes and dtypes.
     """
     mine, theirs = _shapes(part(variables, name)), _shapes(donor)
     if mine != theirs:

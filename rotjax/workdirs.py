@@ -1,13 +1,8 @@
-"""The folder of a run: its owner and lock, its files, and the signals that stop the run."""
+"""The folder of a run: its owner and lock, and its files."""
 
 import dataclasses
 import json
-import logging
 import os
-import signal
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,14 +14,6 @@ from rotjax.files import read_json, read_rows, write, write_json, writing
 from rotjax.locks import leads_to, locked
 from rotjax.recipe import Recipe
 from rotjax.recipe_json import differences, from_json, to_json
-
-log = logging.getLogger(__name__)
-
-ENDING = (signal.SIGTERM, signal.SIGINT)
-ECHO = 1.0  # seconds in which `uv run` and others pass a signal on that has reached the whole group of processes already
-
-_stopping: list[threading.Event] = []  # of the runs that are under way
-_handlers = ExitStack()  # there is one set of them in a process
 
 
 def read_recipe(workdir: Path) -> Recipe:
@@ -129,81 +116,6 @@ def metrics(workdir: Path, step: int) -> Iterator[tuple[list[dict], Callable[[di
     finally:
         with writing(workdir):  # once more what a full disk did not take
             file.close()
-
-
-def heeded() -> list[signal.Signals]:
-    """Of SIGTERM and SIGINT those that this process was not started to ignore, as a script's background job is SIGINT."""
-    return [kind for kind in ENDING if signal.getsignal(kind) != signal.SIG_IGN]
-
-
-def second_signal() -> Callable[..., None]:
-    """What to do at signals after a first, which came now: `(number, *_)` ends the process, unless it is an `ECHO`."""
-    first = time.monotonic()
-
-    def again(number: int, *_) -> None:
-        if time.monotonic() - first > ECHO:
-            os._exit(128 + number)
-
-    return again
-
-
-@contextmanager
-def signals() -> Iterator[threading.Event]:
-    """An event that the first of the `heeded` signals sets; a second one, not its `ECHO`, ends the process at once.
-
-    Runs of one process may overlap: a signal stops them all.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    if not _stopping:
-        _handlers.enter_context(_handled())
-    _stopping.append(event)
-    try:
-        yield event
-    finally:
-        _stopping.remove(event)
-        if not _stopping:
-            _handlers.close()
-
-
-@contextmanager
-def _handled() -> Iterator[None]:
-    heard, told = socket.socketpair()
-    told.setblocking(False)
-    watch = threading.Thread(target=_watch, args=(heard,), daemon=True)
-    before = {kind: signal.signal(kind, _stop) for kind in heeded()}
-    wakeup = signal.set_wakeup_fd(told.fileno())
-    watch.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-        told.close()
-        watch.join()
-        heard.close()
-
-
-def _stop(*_) -> None:
-    for event in _stopping:
-        event.set()
-
-
-def _watch(heard: socket.socket) -> None:
-    """Reads the numbers of signals as they come: Python's handlers wait where XLA compiles, for a minute at times."""
-    again = None
-    while number := heard.recv(1):
-        if number[0] not in ENDING:
-            continue
-        if again:
-            again(number[0])
-            continue
-        again = second_signal()
-        _stop()
-        log.warning("stopping as soon as what is under way is done and saved; a second signal stops at once")
 
 
 def _same_data(path: Path, data: Dataset) -> None:

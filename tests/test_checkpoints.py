@@ -20,7 +20,7 @@ import tensorstore
 from rotjax import checkpoints, manifests
 from rotjax.errors import CheckpointError, DesertedError, NonFiniteError
 from rotjax.files import digest
-from rotjax.training import TrainState
+from rotjax.state import TrainState
 
 
 def state(step, value=0.0):
@@ -283,16 +283,16 @@ def test_C4_a_disk_that_fills_during_a_save_leaves_the_earlier_ones(tmp_path):
 
 @pytest.mark.parametrize("place", ["together", "save_checkpointables_async"])
 def test_P3_a_process_that_is_lost_in_a_save_is_not_taken_for_a_fault_of_the_disk(tmp_path, monkeypatch, place):
-    owner = {"together": checkpoints.parallel, "save_checkpointables_async": checkpoints.ocp}[place]
+    owner = {"together": checkpoints.processes, "save_checkpointables_async": checkpoints.ocp}[place]
 
     def broken(*arguments, **options):
         raise ValueError("UNAVAILABLE: Gloo connection closed by peer")
 
-    monkeypatch.setattr(checkpoints.parallel, "alone", lambda: False)
-    monkeypatch.setattr(checkpoints.parallel, "highest", int)
+    monkeypatch.setattr(checkpoints.processes, "alone", lambda: False)
+    monkeypatch.setattr(checkpoints.processes, "highest", int)
     with (
         pytest.raises(DesertedError, match="another process of this run is gone"),
-        checkpoints.parallel.deserted(),
+        checkpoints.processes.deserted(),
         checkpoints.open_checkpoints(tmp_path) as opened,
     ):
         monkeypatch.setattr(owner, place, broken)

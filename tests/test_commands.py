@@ -14,7 +14,7 @@ from PIL import Image
 
 import rotjax
 from experiments import command, figures, report
-from rotjax import parallel
+from rotjax import processes
 from rotjax.data import catalogue
 from rotjax.errors import UsageError
 
@@ -293,7 +293,7 @@ def test_P6_a_gpu_that_jax_does_not_see_is_refused(monkeypatch):
 
     monkeypatch.setattr(jax, "devices", devices)
     with pytest.raises(UsageError, match=r"\(it sees none\); install jax\[cuda12\]"):
-        parallel.check_devices()
+        processes.check_devices()
 
 
 def starved(connection, workdir, memory):

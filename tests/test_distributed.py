@@ -19,9 +19,10 @@ import pytest
 
 import rotjax
 from experiments import command
-from rotjax import checkpoints, parallel
+from rotjax import checkpoints, parallel, processes
 from rotjax.data.augmentation import train_view
 from rotjax.data.batches import train_picks
+from rotjax.errors import DesertedError
 from rotjax.feed import Feed
 
 RECIPE = rotjax.Rotation(stem="cifar", width=4, batch_size=8, epochs=2)
@@ -65,7 +66,7 @@ def run(connection, workdir, pause=0):
     for row in rotjax.train(
         plan(), workdir, log_steps=2, checkpoint_seconds=seconds, augment="device", steps_per_dispatch=2
     ):
-        if row["step"] == pause and not parallel.primary():
+        if row["step"] == pause and not processes.primary():
             connection.send(pause)
             connection.recv()
 
@@ -79,7 +80,7 @@ def differ(connection, workdir, name):
 
 def step_and_run(connection, folder):
     """Both, since to start a process takes longer than either; one is late, as where the other finds its images decoded."""
-    time.sleep(0 if parallel.primary() else 35)
+    time.sleep(0 if processes.primary() else 35)
     first_step(folder)
     run(connection, folder / "run")
 
@@ -88,7 +89,7 @@ def join(connection, address, number, function, *arguments):
     """Does `function` as process `number` of two, which leave as at the end of a command; returns its exit code."""
     named = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
     os.environ.update(named)
-    code = command.guarded(lambda: (parallel.join(), function(connection, *arguments)))
+    code = command.guarded(lambda: (processes.join(), function(connection, *arguments)))
     jax.distributed.shutdown()  # for JAX does it at the exit of a process, of which a fork knows nothing
     return code
 
@@ -199,8 +200,43 @@ def test_P4_a_checkpoint_of_two_processes_goes_on_in_one(stopped, whole, tmp_pat
 
 
 def test_processes_that_nobody_names_are_asked_for():
-    line = [sys.executable, "-c", "from experiments.command import *; from rotjax import parallel; guarded(parallel.join)"]
+    line = [sys.executable, "-c", "from experiments.command import *; from rotjax import processes; guarded(processes.join)"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "OMPI", "KUBERNETES"))}
     done = subprocess.run(line, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False)
     assert "--distributed finds no other processes" in done.stderr and "JAX_COORDINATOR_ADDRESS" in done.stderr
     assert len(done.stderr.splitlines()) == 1 and len(done.stderr) < 300
+
+
+SLURM = {"SLURM_LOCALID": "3", "SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "8"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "own"),
+    [
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, None),  # four processes on each node: JAX gives the fourth number 3
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, [0]),  # the one that it is shown is its first
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "6,7", "SLURM_GPUS_PER_TASK": "h100:2"}, [0, 1]),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_NTASKS": "2"}, [0, 1, 2, 3]),  # one process on each node
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "", "SLURM_NTASKS": "2"}, None),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "3", "JAX_LOCAL_DEVICE_IDS": "1"}, None),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "CUDA_VISIBLE_DEVICES": "0,1"}, [0, 1]),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, None),
+    ],
+)
+def test_a_process_has_the_gpus_that_its_launcher_means_for_it(environment, own):
+    assert processes.own_gpus(environment) == own
+
+
+@pytest.mark.parametrize("said", ["INTERNAL: ptxas exited with non-zero error code 2", "INVALID_ARGUMENT: connection"])
+def test_a_fault_of_its_own_is_not_taken_for_that_of_another_process(said, monkeypatch):
+    monkeypatch.setattr(processes, "alone", lambda: False)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=said), processes.deserted():
+        raise jax.errors.JaxRuntimeError(said)
+    for lost in (
+        "UNAVAILABLE: gone",
+        "INTERNAL: [external/gloo] Connection closed by peer",
+        "UNKNOWN: NCCL operation failed",
+    ):
+        with pytest.raises(DesertedError), processes.deserted():
+            raise jax.errors.JaxRuntimeError(lost)

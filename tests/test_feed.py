@@ -16,6 +16,7 @@ from rotjax import optim, scoring, training
 from rotjax.data import tasks
 from rotjax.errors import NonFiniteError, Stopped, UsageError
 from rotjax.parallel import data_mesh
+from rotjax.state import TrainState, abstract_variables, init_state, no_sums
 
 SMALL = dict(stem="cifar", width=4, batch_size=9, epochs=2, seed=1)  # epochs of 5 steps
 HOST, DEVICE = (feeds.Feed(where, 1, 0) for where in ("host", "device"))
@@ -99,8 +100,8 @@ def test_steps_of_one_dispatch_are_the_steps_of_several_to_rounding(plan, elsewh
                 elsewhere()
             stream = rotjax.run.train_stream(plan, feed, data_mesh(), rotjax.random_turn)
             step = training.train_steps(model, optimizer, make=stream.make)
-            grouped = training.place(feeds.stacked(stream.elements, feeds.sizes(0, 5, 5, most)), axis=1)
-            state, rows, step = training.init_state(optimizer, variables), [], partial(step, data=stream.data)
+            grouped = rotjax.place(feeds.stacked(stream.elements, feeds.sizes(0, 5, 5, most)), axis=1)
+            state, rows, step = init_state(optimizer, variables), [], partial(step, data=stream.data)
             for last, new in rotjax.fit(step, state, grouped, steps=5, epoch_steps=5, log_steps=2):
                 rows, state = rows + new, last
             results.append((jax.tree.map(np.asarray, state.variables), rows))
@@ -121,9 +122,9 @@ def test_any_network_takes_several_steps_a_dispatch(elsewhere, name, dtype):
     frozen = optim.FROZEN["last_block"]
     model = rotjax.create(name, 4, width=8, dtype=jax.numpy.dtype(dtype), held=frozen)
     optimizer = optim.adamw(optim.piecewise(0.01, [2]), 0.01, frozen)
-    variables = training.abstract_variables(model, 32)
+    variables = abstract_variables(model, 32)
     opt_state = jax.eval_shape(optimizer.init, variables["params"])
-    state = training.TrainState(jax.ShapeDtypeStruct((), "int32"), variables, opt_state, jax.eval_shape(training._no_sums))
+    state = TrainState(jax.ShapeDtypeStruct((), "int32"), variables, opt_state, jax.eval_shape(no_sums))
     given = {"image": jax.ShapeDtypeStruct((3, 8, 32, 32, 3), "uint8"), "label": jax.ShapeDtypeStruct((3, 8), "int32")}
     after, metrics = jax.eval_shape(training.train_steps(model, optimizer), state, given)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
@@ -137,7 +138,7 @@ def test_N1_rows_before_the_step_that_is_not_finite_are_kept():
         sums = state.sums | {"bad_step": np.int32(5)}
         return dataclasses.replace(state, sums=sums), {"loss": np.arange(8.0), "accuracy": np.zeros(8)}
 
-    state, rows = training.TrainState(jax.numpy.int32(0), {}, (), {}), []
+    state, rows = TrainState(jax.numpy.int32(0), {}, (), {}), []
     with pytest.raises(NonFiniteError, match="not finite at step 5"):
         for _, new in rotjax.fit(step, state, [{}], steps=8, epoch_steps=8, log_steps=2):
             rows += new
@@ -148,7 +149,7 @@ def test_batches_of_one_dispatch_that_are_not_of_one_epoch_are_refused():
     def step(state, batch):
         return state, {"loss": np.zeros(4)}
 
-    state = training.TrainState(jax.numpy.int32(0), {}, (), {})
+    state = TrainState(jax.numpy.int32(0), {}, (), {})
     with pytest.raises(ValueError, match="4 batches after step 0 go beyond its epoch, or step 9"):
         next(rotjax.fit(step, state, [{}], steps=9, epoch_steps=3))
 
@@ -270,7 +271,7 @@ def test_several_steps_lower_for_an_accelerator_as_one_loop(platform, monkeypatc
     kinds = {"seed": np.uint32, "epoch": np.int32, "index": np.int32}
     picks = {name: jax.ShapeDtypeStruct((5, 8), dtype) for name, dtype in kinds.items()}
     make = partial(rotjax.data.augmentation.train_view, task=tasks.all_turns, flip=True, cutout=0.4)
-    steps = training.train_steps(model, optimizer, None, make).trace(state, picks, data)
+    steps = training.train_steps(model, optimizer, make=make).trace(state, picks, data)
     text = steps.lower(lowering_platforms=(platform,)).as_text()
     convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
     assert len(convolutions) == 20 + 20 + 19  # forwards, kernels' gradients, maps' but the pixels': the loop is not unrolled

@@ -124,7 +124,7 @@ def test_R3_a_signal_in_a_test_is_heeded_and_the_test_repeated(pretrained, data,
 
 
 def test_R3_a_signal_before_the_first_step_leaves_a_run_that_goes_on(pretrained, data, tmp_path, monkeypatch):
-    init_state = rotjax.training.init_state
+    init_state = rotjax.state.init_state
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -13,7 +13,7 @@ import pytest
 
 import rotjax
 from experiments import command, plots
-from rotjax.workdirs import ECHO, signals
+from rotjax.signals import ECHO, stopping
 
 FLAGS = ["--dataset=digits", "--stem=cifar", "--image_size=8", "--width=4", "--max_steps=6", "--log_steps=2"]
 PHASES = {
@@ -100,9 +100,9 @@ def test_R3_in_each_phase_of_a_command_a_signal_loses_nothing(call, tmp_path, re
 def test_a_signal_that_a_scripts_background_job_ignores_does_not_stop_training():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with signals() as stopping:
+        with stopping() as event:
             os.kill(os.getpid(), signal.SIGINT)
-            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN and not stopping.is_set()
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN and not event.is_set()
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -120,7 +120,7 @@ def test_a_signal_that_was_ignored_stays_so_after_the_first_of_a_command():
 
 def test_runs_that_overlap_all_hear_a_signal_and_the_last_leaves_things_as_they_were():
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
-    one, other = signals(), signals()
+    one, other = stopping(), stopping()
     first, second = one.__enter__(), other.__enter__()
     one.__exit__(None, None, None)
     os.kill(os.getpid(), signal.SIGTERM)

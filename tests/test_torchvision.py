@@ -17,8 +17,8 @@ import rotjax
 from experiments import peers
 from rotjax.errors import UsageError
 from rotjax.models import CIFAR10_MEAN, CIFAR10_STD
+from rotjax.state import abstract_variables
 from rotjax.torchvision import export_weights, import_weights
-from rotjax.training import abstract_variables
 
 COUNTS = {"resnet18": 11_689_512, "resnet50": 25_557_032, "resnet101": 44_549_160, "densenet121": 7_978_856}
 NUM_CLASSES = 10

@@ -8,6 +8,7 @@ import rotjax
 from rotjax import optim, training
 from rotjax.data import batches, tasks
 from rotjax.errors import NonFiniteError, UsageError
+from rotjax.state import abstract_variables, init_state, init_variables
 
 
 def small(num_classes=4, **options):
@@ -28,7 +29,7 @@ def equal(a, b):
 
 def test_a_step_is_adamw_on_the_mean_loss_with_decay_on_every_parameter():
     model, given = small(), batch()
-    variables = training.init_variables(model, 0, 8)
+    variables = init_variables(model, 0, 8)
 
     def loss(params):
         logits, updated = model.apply(variables | {"params": params}, given["image"], train=True, mutable=["batch_stats"])
@@ -38,7 +39,7 @@ def test_a_step_is_adamw_on_the_mean_loss_with_decay_on_every_parameter():
     # Adam's first step is the sign of the gradient (g / (|g| + eps)), decoupled decay comes on top
     expected = jax.tree.map(lambda p, g: p - 0.1 * (g / (abs(g) + 1e-8) + 0.5 * p), variables["params"], gradients)
     optimizer = rotjax.adamw(0.1, weight_decay=0.5)
-    state, metrics = training.train_step(model, optimizer)(training.init_state(optimizer, variables), given)
+    state, metrics = training.train_step(model, optimizer)(init_state(optimizer, variables), given)
     assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
     for path, leaf in jax.tree.leaves_with_path(updated["batch_stats"]):
         np.testing.assert_allclose(
@@ -96,7 +97,7 @@ def test_the_schedule_falls_to_a_tenth_at_its_boundaries():
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121"])
 def test_last_block_is_stage_four_and_the_head(name):
-    params = training.abstract_variables(rotjax.create(name, 3, width=4), 32)["params"]
+    params = abstract_variables(rotjax.create(name, 3, width=4), 32)["params"]
     labels = optim.labels(params, optim.FROZEN["last_block"])
     kinds = {
         "/".join(str(k.key) for k in path[:2]) if path[0].key == "backbone" else "head": label
@@ -115,15 +116,15 @@ def test_a_prefix_that_names_nothing_is_refused():
 
 
 def test_weights_are_drawn_alike_alone_and_within_a_program_of_the_users():
-    alone, within = training.init_variables(small(), 3, 8), jax.jit(lambda: training.init_variables(small(), 3, 8))()
+    alone, within = init_variables(small(), 3, 8), jax.jit(lambda: init_variables(small(), 3, 8))()
     for one, other in zip(*map(jax.tree.leaves, (alone, within)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)  # the tests' programs are optimized less than users'
 
 
 def test_weights_drawn_on_the_host_for_a_gpu_are_the_same_and_bound_to_no_device(monkeypatch):
-    here = training.init_variables(small(), 3, 8)
+    here = init_variables(small(), 3, 8)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    there = training.init_variables(small(), 3, 8)
+    there = init_variables(small(), 3, 8)
     assert all(jax.tree.leaves(equal(here, there)))
     assert all(x.devices() == {jax.devices()[0]} and not x.committed for x in jax.tree.leaves(there))
 
@@ -139,8 +140,8 @@ def test_frozen_means_frozen(trainable, statistics, kind):
     frozen = optim.FROZEN[trainable]
     model = small(held=frozen if statistics == "held" else ())
     optimizer = optim.OPTIMIZERS[kind](0.1, weight_decay=0.5, frozen=frozen)
-    variables = training.init_variables(model, 0, 8)
-    state = training.init_state(optimizer, variables)
+    variables = init_variables(model, 0, 8)
+    state = init_state(optimizer, variables)
     step = training.train_step(model, optimizer)
     for seed in range(3):
         state, _ = step(state, batch(seed=seed))
@@ -169,7 +170,7 @@ def test_frozen_stages_have_no_backward_pass():
     def flops(trainable):
         model = small(held=optim.FROZEN[trainable])
         optimizer = rotjax.adamw(0.1, frozen=optim.FROZEN[trainable])
-        state = training.init_state(optimizer, training.init_variables(model, 0, 8))
+        state = init_state(optimizer, init_variables(model, 0, 8))
         return training.train_step(model, optimizer).lower(state, batch()).compile().cost_analysis()["flops"]
 
     whole, block, head = (flops(trainable) for trainable in ("all", "last_block", "head"))
@@ -179,7 +180,7 @@ def test_frozen_stages_have_no_backward_pass():
 
 def test_evaluation_counts_every_image_once_whatever_the_batch_size(images):
     model = small(3)
-    variables = training.init_variables(model, 0, 8)
+    variables = init_variables(model, 0, 8)
     step = training.eval_step(model)
     logits = np.asarray(model.apply(variables, images["image"]))
     loss = float(optax.softmax_cross_entropy_with_integer_labels(logits, images["label"]).mean())
@@ -200,7 +201,7 @@ def test_a_network_learns_how_32_images_were_turned():
     ramp = np.linspace(0, 200, 8).astype(np.uint8)[:, None, None]  # bright below, as an image may be
     data = {"image": batch(32, seed=9)["image"] // 5 + ramp, "label": np.zeros(32, np.int32)}
     model, optimizer = rotjax.create("resnet18", 4, "cifar", width=8), rotjax.adamw(1e-2)
-    state = training.init_state(optimizer, training.init_variables(model, 0, 8))
+    state = init_state(optimizer, init_variables(model, 0, 8))
     stream = batches.train_batches(data, tasks.all_turns, 32, 20, seed=0)
     rows = [
         row
@@ -215,7 +216,7 @@ def test_a_network_learns_how_32_images_were_turned():
 
 def test_rows_come_at_log_steps_and_ends_of_epochs():
     model, optimizer = small(), rotjax.adamw(1e-3)
-    state = training.init_state(optimizer, training.init_variables(model, 0, 8))
+    state = init_state(optimizer, init_variables(model, 0, 8))
     step = training.train_step(model, optimizer)
     given = [batch(seed=t) for t in range(7)]
     rows, last = [], state
@@ -230,7 +231,7 @@ def test_rows_come_at_log_steps_and_ends_of_epochs():
 
 def test_batches_that_end_before_the_last_step_are_an_error():
     model, optimizer = small(), rotjax.adamw(1e-3)
-    state = training.init_state(optimizer, training.init_variables(model, 0, 8))
+    state = init_state(optimizer, init_variables(model, 0, 8))
     fitting = rotjax.fit(
         training.train_step(model, optimizer), state, rotjax.place([batch()] * 2), steps=3, epoch_steps=3, log_steps=1
     )
@@ -241,7 +242,7 @@ def test_batches_that_end_before_the_last_step_are_an_error():
 
 def test_N1_a_loss_that_is_not_a_number_stops_the_training():
     model, optimizer = small(), rotjax.adamw(1e30)
-    state = training.init_state(optimizer, training.init_variables(model, 0, 8))
+    state = init_state(optimizer, init_variables(model, 0, 8))
     step = training.train_step(model, optimizer)
     with pytest.raises(NonFiniteError, match="not finite at step 1;"):  # said at step 8, with the first row
         for _ in rotjax.fit(step, state, rotjax.place(batch(seed=t) for t in range(9)), steps=9, epoch_steps=9, log_steps=8):
@@ -251,7 +252,7 @@ def test_N1_a_loss_that_is_not_a_number_stops_the_training():
 def test_N1_batch_statistics_that_are_not_finite_stop_the_training():
     """Of pixels a billion times too large: normalised they give a finite loss and finite updates."""
     model, optimizer = small(std=(1e-25,) * 3), rotjax.adamw(1e-3)
-    state = training.init_state(optimizer, training.init_variables(model, 0, 8))
+    state = init_state(optimizer, init_variables(model, 0, 8))
     state, metrics = training.train_step(model, optimizer)(state, batch())
     assert np.isfinite(metrics["loss"]) and np.isfinite(optax.tree.norm(state.variables["params"]))
     with pytest.raises(NonFiniteError, match="not finite at step 1;"):
@@ -262,7 +263,7 @@ def test_N1_batch_statistics_that_are_not_finite_stop_the_training():
 def test_N1_variables_that_are_not_finite_are_found_in_a_dispatch_of_two_steps(breaks, std):
     """Parameters by the loss of the next step, or after the last one as batch statistics are, which no loss shows."""
     model, optimizer = small(std=(std,) * 3), rotjax.adamw(lambda step: jnp.where(step + 1 == breaks, jnp.inf, 1e-3))
-    state = training.init_state(optimizer, training.init_variables(model, 0, 8))
+    state = init_state(optimizer, init_variables(model, 0, 8))
     (two,) = rotjax.place([jax.tree.map(lambda *arrays: np.stack(arrays), batch(seed=0), batch(seed=1))], axis=1)
     state, metrics = training.train_steps(model, optimizer)(state, two)
     assert np.isfinite(metrics["loss"]).tolist() == [True, breaks != 1]
@@ -272,7 +273,7 @@ def test_N1_variables_that_are_not_finite_are_found_in_a_dispatch_of_two_steps(b
 
 def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32():
     model, optimizer = small(dtype=jnp.bfloat16), rotjax.adamw(1e-3)
-    state = training.init_state(optimizer, training.init_variables(model, 0, 8))
+    state = init_state(optimizer, init_variables(model, 0, 8))
     state, _ = training.train_step(model, optimizer)(state, batch())
     assert {x.dtype for x in jax.tree.leaves(state.variables)} == {jnp.dtype("float32")}
     endpoints = model.apply(state.variables, batch()["image"], method="endpoints")
@@ -296,7 +297,7 @@ def test_the_next_batch_is_made_before_anything_is_waited_for_and_none_beyond_th
             yield batch(seed=number)
 
     model, optimizer = small(), rotjax.adamw(0.01)
-    state = rotjax.init_state(optimizer, training.init_variables(model, 0, 8))
+    state = rotjax.init_state(optimizer, init_variables(model, 0, 8))
     step = rotjax.train_step(model, optimizer)
     fitting = rotjax.fit(step, state, rotjax.place(given()), steps=4, epoch_steps=4, log_steps=1)
     assert [len(drawn) for _ in fitting] == [2, 3, 4, 4]

@@ -5,7 +5,7 @@ import pytest
 import rotjax
 from rotjax import transfer
 from rotjax.errors import UsageError
-from rotjax.training import init_variables
+from rotjax.state import init_variables
 
 
 def network(num_classes, seed=0, name="resnet18", width=4):
