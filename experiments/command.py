@@ -41,6 +41,7 @@ ResultsDir = Annotated[Path, default("experiments/results of the clone, else ./r
 
 
 SMALLER = "free the device of other programs, or use one with more memory"
+FEW = 200  # steps of a run
 THIN = 32  # images of a batch for each device
 HOW = ("log_steps", "checkpoint_seconds", "augment", "steps_per_dispatch", "threads")  # of `rotjax.train`
 
@@ -206,10 +207,12 @@ def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Pla
     with processes.together():
         plan = rotjax.plan(recipe, data_dir=execution.data_dir, workdir=execution.workdir, progress=decoding)
     warn_of_thin_batches(plan.recipe.batch_size)
+    warn_of_few_steps(plan)
     cache_compilations()
     workdir = execution.workdir or Path("runs") / plan.recipe.name
     with report.Progress(plan) as progress:
-        for row in rotjax.train(plan, workdir, **{name: getattr(execution, name) for name in HOW}):
+        how = {name: getattr(execution, name) for name in HOW}
+        for row in rotjax.train(plan, workdir, **how, progress=progress.move):
             progress.show(row)
     figures.draw(workdir, plan)
     return workdir, plan
@@ -266,6 +269,14 @@ def warn_of_thin_batches(batch_size: int) -> None:
     if jax.default_backend() != "cpu" and (count := jax.device_count()) > 1 and (each := batch_size // count) < THIN:
         one = "CUDA_VISIBLE_DEVICES=0 takes one of them" if jax.default_backend() == "gpu" else "or use fewer of them"
         log.warning(f"each of {count} devices gets {each} images of a batch; raise --batch_size to use them, {one}")
+
+
+def warn_of_few_steps(plan: rotjax.Plan) -> None:
+    """Says so where a small set gives so few steps that hardly anything can be learnt."""
+    recipe, images = plan.recipe, len(plan.data.train["label"])
+    if recipe.max_steps is None and plan.steps < FEW:
+        each = f"{plan.epochs} epochs of {plan.epoch_steps}, {images:,} images by {recipe.batch_size}"
+        log.warning(f"only {plan.steps} steps in all ({each}); to learn more, lower --batch_size or raise --epochs")
 
 
 def warn_of_idle_gpu() -> None:

@@ -53,8 +53,11 @@ def curves(rows: Sequence[dict], epoch_steps: int, falls: Sequence[int], title: 
         for number, fall in enumerate(falls):
             label = "learning rate / 10" if number == 0 and key == "loss" else None
             axes.axvline(fall, color=FAINT, linestyle=":", zorder=0, label=label)
+        losses = [value for row in rows for value in (row["train_loss"], row["test_loss"])]
+        if key == "loss" and max(losses) > 20 * float(np.median(losses)) > 0:  # of networks whose statistics are young
+            axes.set_yscale("log")
         axes.set(title=name, xlabel="epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_locator(MaxNLocator("auto" if epochs[-1] > 1 else 3, integer=True, min_n_ticks=1))
         axes.legend()
     return figure
 

@@ -94,31 +94,37 @@ class Progress:
         self.plan = plan
         self.epochs = plan.last_epoch
         self.headed = False
+        self.bar: tqdm | None = None  # only a run that begins knows the step that it goes on from
         self.last: tuple[int, float] | None = None  # step and time of the last row
         self.speed = ""
 
     def __enter__(self) -> "Progress":
         self.began = time.perf_counter()
-        self.bar = self._bar(0)
         return self
 
     def __exit__(self, *_) -> None:
-        self.bar.close()
+        if self.bar:
+            self.bar.close()
+
+    def move(self, step: int) -> None:
+        """Moves the bar to `step`."""
+        self.bar = self.bar or self._bar(step)
+        self.bar.update(max(step - self.bar.n, 0))
 
     def show(self, row: dict) -> None:
-        """Moves the bar to the step of `row`, a row of metrics.jsonl; a row of an epoch becomes one of the table."""
+        """Says beside the bar what `row`, a row of metrics.jsonl, has; a row of an epoch becomes one of the table."""
         step, now = row["step"], time.perf_counter()
-        if self.last is None:  # only now is it known where a run resumes from
-            self.bar.close()
-            self.bar, self.last = self._bar(step), (step, now)
+        if self.last is None:
+            self.last = step, now
         elif now - self.last[1] > 0.05:  # else the row is of the same dispatch
             before, then = self.last
             if step % self.plan.epoch_steps and step != self.plan.steps:  # else the time of testing is in it
                 self.speed = f", {(step - before) * self.plan.recipe.views / (now - then):,.0f} images/s"
             self.last = step, now
         loss = row.get("loss", row.get("train_loss"))
-        self.bar.n = step
-        self.bar.set_postfix_str(f"epoch {row['epoch']}/{self.epochs}, loss {loss:.3f}{self.speed}")
+        self.move(step)
+        if self.bar:
+            self.bar.set_postfix_str(f"epoch {row['epoch']}/{self.epochs}, loss {loss:.3f}{self.speed}")
         if "test_accuracy" in row:
             self._tabulate(row, now - self.began)
 

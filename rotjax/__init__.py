@@ -2,6 +2,8 @@
 
 from rotjax import checkpoints as checkpoints
 from rotjax import data as data
+from rotjax import errors as errors
+from rotjax import parallel as parallel
 from rotjax import rotation as rotation
 from rotjax import torchvision as torchvision
 from rotjax.data.batches import eval_batches as eval_batches

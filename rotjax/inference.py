@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotjax.data.batches import eval_batches, read, unlabelled
-from rotjax.data.tasks import classify
+from rotjax.data.batches import check_pixels, eval_picks, read
 from rotjax.models.classifier import STAGES, Classifier
 from rotjax.parallel import data_mesh, place, replicated
 
@@ -19,7 +18,7 @@ def features(model: Classifier, variables: dict, images: np.ndarray, *, batch_si
     """Spatial means of the feature maps of `images` u8 `[N,H,W,3]`: `stem`, `stage1` to `stage4`, each f32 `[N,D]`.
 
     For nearest neighbours, clustering, linear probes. Uses this process's devices only; each process returns all N. Raises
-    TypeError for pixels that are not uint8.
+    TypeError for pixels that are not uint8, ValueError without any.
     """
     means = _applied(_means, model, variables, images, batch_size)
     return {name: means[name] for name in STAGES}  # which jax has in the order of the alphabet
@@ -36,10 +35,13 @@ def probabilities(model: Classifier, variables: dict, images: np.ndarray, *, bat
 
 def _applied(function: Callable, model: Classifier, variables: dict, images: np.ndarray, batch_size: int) -> Any:
     """The arrays of `function(model, variables, images)` for all `images`, a batch at a time."""
+    check_pixels(images)
+    if not len(images):
+        raise ValueError("there are no images; give at least one")
     mesh = data_mesh(jax.local_devices())
     variables = jax.device_put(jax.tree.map(np.asarray, variables), replicated(mesh))
-    data, size = {"image": images, "label": unlabelled(len(images))}, -(-batch_size // mesh.size) * mesh.size
-    with closing(read(eval_batches(data, classify, size, share=slice(None)))) as reader:
+    picks = eval_picks(len(images), -(-batch_size // mesh.size) * mesh.size, seed=0, epoch=0, share=slice(None))
+    with closing(read(picks.map(lambda pick: {"image": images[pick["index"]]}))) as reader:
         parts = [jax.device_get(function(model, variables, batch["image"])) for batch in place(reader, mesh)]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays)[: len(images)], *parts)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
@@ -28,7 +28,7 @@ class Plan:
 
     recipe: Recipe
     data: Dataset
-    backbone: dict | None
+    backbone: dict | None = field(repr=False)
     epoch_steps: int
     steps: int
 
@@ -72,8 +72,10 @@ def plan(
     """Validates `recipe`, as far as possible before decoding data, and loads the pretrained backbone and the data.
 
     `data` replaces the data set that the recipe names. `workdir` is only checked: it must not hold another run, and
-    nothing is written. Raises UsageError, DataError or CheckpointError.
+    nothing is written. All processes must call this. Raises UsageError, DataError or CheckpointError.
     """
+    paths = {name: getattr(recipe, name, None) for name in ("dataset", "pretrained")}
+    recipe = dataclasses.replace(recipe, **{name: str(path) for name, path in paths.items() if isinstance(path, Path)})
     check(recipe, resolved=False)
     if data is None:
         recipe = dataclasses.replace(recipe, dataset=sources.canonical(recipe.dataset))
@@ -112,19 +114,28 @@ def plan(
 
 
 def load(workdir: str | Path) -> tuple[Classifier, dict, Recipe]:
-    """The network, the variables and the recipe of the newest checkpoint in `workdir`; raises CheckpointError."""
+    """The network, the variables and the recipe of the newest checkpoint in `workdir`; raises CheckpointError.
+
+    All processes must call this.
+    """
     workdir = Path(workdir)
     recipe = workdirs.read_recipe(workdir)
-    step = checkpoints.latest_step(workdir / "checkpoints")
+    step = _newest(workdir)
     return recipe.model(), joined(_load_parts(recipe, workdir, step, "backbone", "head")), recipe
+
+
+def _newest(workdir: Path) -> int:
+    """The step of the newest checkpoint; says so where the run is not finished."""
+    step = checkpoints.latest_step(workdir / "checkpoints")
+    if not (workdir / "summary.json").exists():
+        log.warning(f"{workdir} is not finished: what is taken from it is of step {step}")
+    return step
 
 
 def _inherit(recipe: Classification, donor: Path) -> tuple[Classification, int]:
     """The recipe with the network of the run in `donor`, which it names by run and step, and that step."""
     source = workdirs.read_recipe(donor)
-    step = checkpoints.latest_step(donor / "checkpoints")
-    if not (donor / "summary.json").exists():
-        log.warning(f"{donor} is not finished: taken from it is the backbone of step {step}")
+    step = _newest(donor)
     inherited = {name: getattr(source, name) for name in NETWORK}
     for name, value in inherited.items():
         if getattr(recipe, name) not in (None, value):

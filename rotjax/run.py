@@ -4,10 +4,10 @@ import importlib.metadata
 import json
 import logging
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -44,11 +44,13 @@ def train(
     augment: Where | None = None,
     steps_per_dispatch: int | None = None,
     threads: int | None = None,
+    progress: Callable[[int], object] = lambda step: None,
 ) -> Iterator[dict]:
     """Runs `plan` in `workdir`, resuming from its newest checkpoint if any, and yields each row written to `metrics.jsonl`.
 
     All processes must call this; one writes, and they agree on stopping and saving every `log_steps` batches. For
-    `augment`, `steps_per_dispatch` and `threads` see `feed.choose`. Writes `recipe.json`, `data.json`, `checkpoints/`,
+    `augment`, `steps_per_dispatch` and `threads` see `feed.choose`; `progress` is told the step that a dispatch leads to, at
+    first that which the run begins with. Writes `recipe.json`, `data.json`, `checkpoints/`,
     `metrics.jsonl` and, at the end, `summary.json`. To leave the generator early saves nothing more. Raises Stopped after
     SIGTERM or SIGINT, once the state is saved (a second signal ends the process at once), UsageError for a value out of
     range, a workdir of another recipe or processes that differ, DataError for a workdir of other data, InUseError where
@@ -83,7 +85,10 @@ def train(
         )
         started = last_save = time.perf_counter()
         try:
-            for state, rows in chain([(state, _untested(plan, state, logged))], trained):  # noqa: B020
+            reached = accumulate(feeds.sizes(first, plan.steps, plan.epoch_steps, feed.per_dispatch), initial=first)
+            begun = (state, _untested(plan, state, logged))
+            for number, (state, rows) in zip(reached, chain([begun], trained), strict=True):
+                progress(number)
                 for row in rows:
                     if "train_loss" in row:
                         elsewhere -= time.perf_counter()

@@ -32,7 +32,8 @@ def export_weights(name: str, variables: Mapping[str, Any]) -> dict[str, np.ndar
     """torchvision's state dict of our `name`, as writable NumPy arrays of the dtypes in `variables`.
 
     `load_state_dict(..., strict=True)` takes it: where a plain dict has no `num_batches_tracked`, which torch reads only in
-    a norm without momentum, the network keeps its own. Raises UsageError as `import_weights` does.
+    a norm without momentum, the network keeps its own. Torch's networks take `(pixels / 255 - mean) / std`, NCHW, with the
+    `mean` and `std` of our classifier, which does that itself. Raises UsageError as `import_weights` does.
     """
     leaves = jax.tree.leaves_with_path(variables)
     arrays = {_key(name, path): _transposed(np.asarray(leaf), TO_TORCH) for path, leaf in leaves}

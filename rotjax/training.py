@@ -175,19 +175,20 @@ def fit(
     """Trains on placed `batches` from step `start`, that of `state`, to `steps`; yields `(state, rows)` per call of `step`.
 
     `step` is a `train_step`, or a `train_steps` on several stacked batches. `rows` has one row every `log_steps` steps, with
-    that batch's metrics, and one at the end of each epoch (every `epoch_steps` steps, and at `steps`), see `epoch_row`. A
-    yielded state is donated when the next is requested. Raises NonFiniteError at the first row after a loss or variables
-    that are not finite, ValueError for stacked batches that straddle epochs or go beyond `steps`, and for batches that end
-    before.
+    that batch's metrics, and one at the end of each epoch (every `epoch_steps` steps, and at `steps`), see `epoch_row`. Of
+    the calls only the last may be under way still. A yielded state is donated when the next is requested. Raises
+    NonFiniteError at the first row after a loss or variables that are not finite, ValueError for stacked batches that
+    straddle epochs or go beyond `steps`, and for batches that end before.
     """
     number, batches = start, iter(batches)
-    batch = next(batches, None) if number < steps else None
+    batch, metrics = next(batches, None) if number < steps else None, {}
     while batch is not None:
         if number % epoch_steps == 0:
             state = dataclasses.replace(state, sums=jax.jit(no_sums, out_shardings=state.step.sharding)())
-        state, metrics = step(state, batch)
+        earlier, (state, metrics) = metrics, step(state, batch)
         before, number = number, number + metrics["loss"].size
         batch = next(batches, None) if number < steps else None  # now, while the devices work, before they are waited for
+        jax.block_until_ready(earlier)  # one call ahead keeps the devices at work; with more a signal would wait
         epoch, rows = (number - 1) // epoch_steps + 1, []
         if before // epoch_steps != epoch - 1 or number > steps:
             raise ValueError(f"{number - before} batches after step {before} go beyond its epoch, or step {steps}")

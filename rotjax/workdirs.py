@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from rotjax.data.augmentation import STREAM
+from rotjax.data.augmentation import VERSION
 from rotjax.data.dataset import Dataset
 from rotjax.errors import CheckpointError, DataError, UsageError, reason
 from rotjax.files import read_json, read_rows, write, write_json, writing
@@ -120,7 +120,7 @@ def metrics(workdir: Path, step: int) -> Iterator[tuple[list[dict], Callable[[di
 
 def _same_data(path: Path, data: Dataset) -> None:
     """Leaves at `path` what tells `data` and its stream from others, or compares it with what is there; raises DataError."""
-    facts = data.facts() | {"stream": STREAM}
+    facts = data.facts() | {"stream": VERSION}
     if not path.exists():
         write_json(path, facts)
         return
@@ -130,7 +130,7 @@ def _same_data(path: Path, data: Dataset) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); name another workdir") from error
     if "stream" in odd:
-        streams = f"stream {before['stream']}, here {STREAM}"
+        streams = f"stream {before['stream']}, here {VERSION}"
         raise DataError(f"{path.parent} was started by a rotjax that draws other crops ({streams}); finish it with that one")
     if odd:
         changes = ", ".join(f"{key} {before[key]} -> {facts[key]}" for key in odd if key != "sample") or "other images"

@@ -46,13 +46,13 @@ def test_R7_a_batch_is_a_function_of_seed_and_step(images, task):
 
 
 def test_C9_the_batches_of_a_seed_are_those_of_the_stream_that_is_written_down():
-    """Where they are not, raise `augmentation.STREAM`: runs that are under way must not go on with others."""
+    """Where they are not, raise `augmentation.VERSION`: runs that are under way must not go on with others."""
     data, digest = numbered(50), hashlib.sha256()
     for task in (tasks.classify, tasks.random_turn, tasks.all_turns):
         stream = batches.train_batches(data | {"image": data["image"] * 5}, task, 8, 20, seed=3)
         for number in (0, 7, 19):
             digest.update(stream[number]["image"].tobytes() + stream[number]["label"].astype(np.int32).tobytes())
-    assert (augmentation.STREAM, digest.hexdigest()[:16]) == (2, "acfcb3a8bbb2ef97")
+    assert (augmentation.VERSION, digest.hexdigest()[:16]) == (2, "acfcb3a8bbb2ef97")
 
 
 def test_draws_of_different_seeds_epochs_and_streams_are_different():

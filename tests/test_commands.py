@@ -1,5 +1,6 @@
 """The commands as a person calls them: what they leave behind, and what they refuse, with which exit code."""
 
+import dataclasses
 import json
 import os
 import pwd
@@ -333,3 +334,16 @@ def test_help_says_the_defaults_of_the_presets_and_of_the_data_sets(call):
     ):
         assert words in " ".join(out.split()), words
     assert "None" not in out and "--classes" not in out
+
+
+def test_a_run_of_few_steps_is_told(images, notes):
+    data, recipe = (
+        rotjax.Dataset("pets", ("a", "b", "c"), images, images),
+        rotjax.Rotation(stem="cifar", width=4, batch_size=8),
+    )
+    for options in (dict(epochs=50), dict(epochs=3, max_steps=2), dict(epochs=3)):
+        assert notes == []
+        command.warn_of_few_steps(rotjax.plan(dataclasses.replace(recipe, **options), data=data))
+    assert notes == [
+        "only 18 steps in all (3 epochs of 6, 48 images by 8); to learn more, lower --batch_size or raise --epochs"
+    ]

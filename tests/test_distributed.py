@@ -22,7 +22,7 @@ from experiments import command
 from rotjax import checkpoints, parallel, processes
 from rotjax.data.augmentation import train_view
 from rotjax.data.batches import train_picks
-from rotjax.errors import DesertedError
+from rotjax.errors import DesertedError, UsageError
 from rotjax.feed import Feed
 
 RECIPE = rotjax.Rotation(stem="cifar", width=4, batch_size=8, epochs=2)
@@ -56,6 +56,8 @@ def first_step(folder):
     found = {"loss": metrics["loss"], "gradient": gradients, "statistic": state.variables["batch_stats"]}
     found |= {"label": np.concatenate([seen[t]["label"] for t in range(2)]), "pixels": batch["image"], "made": made}
     found["score"] = scores
+    with pytest.raises(UsageError, match="--batch_size=33 cannot be shared among 2 devices; use 34"):
+        rotjax.train_batches(data, rotjax.random_turn, 33, 2, seed=0)
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
     np.savez(folder / f"{jax.process_index()}.npz", **flat)
 

@@ -115,7 +115,8 @@ def test_images_without_classes_that_are_to_have_some_are_refused_before_they_ar
 
 
 @pytest.mark.parametrize(
-    "train, test", [("train", "test"), ("train", "val"), ("train", "validation"), ("train", "valid"), ("Train", "TEST")]
+    "train, test",
+    [("train", name) for name in ("test", "val", "validation", "valid")] + [("Train", "TEST"), ("training", "testing")],
 )
 @pytest.mark.parametrize("classes", [("cats", "dogs"), ("",)])
 def test_folders_of_the_split(folder, train, test, classes, notes):
@@ -144,17 +145,20 @@ def test_train_alone_is_split_and_train_among_others_is_a_class(folder, notes):
     assert load(folder, SIZE).classes == ("cats", "dogs")
     assert notes[0] == "training on train; left alone beside: loose.png" and "held out" in notes[-1]
     paint(folder / "bus" / "a.png")
-    assert load(folder, SIZE).classes == ("bus", "train")
+    assert load(folder, SIZE, labelled=True).classes == ("bus", "train")
 
 
 def test_images_beside_class_folders(folder, notes):
     paint_classes(folder)
     for number in range(7):
         paint(folder / f"loose{number}.png", 255)
-    data = load(folder, SIZE)
-    assert 255 not in shades(data.train) + shades(data.test)
+    data = load(folder, SIZE, labelled=True)
+    assert 255 not in shades(data.train) + shades(data.test) and data.classes == ("cats", "dogs")
     assert f"7 images beside the class folders of {folder} are left out: loose0.png, loose1.png" in notes[0]
     assert notes[0].endswith("loose4.png and 2 more")
+    every = load(folder, SIZE)
+    assert [shades(part).count(255) for part in (every.train, every.test)] == [6, 1] and every.classes == ()
+    assert set(shades(every.test)) == {*shades(data.test), 255}, "what is held out of the classes is that for both"
 
 
 def test_images_beside_fewer_in_class_folders_are_taken_without_classes(folder, notes):
@@ -224,7 +228,7 @@ def unclassed(folder, notes, message):
     assert data.classes == () and {*data.train["label"], *data.test["label"]} == {-1}
     assert f"{message}: its images are taken without classes" in "\n".join(notes)
     recipe = rotjax.Classification(dataset=str(folder), stem="cifar", image_size=SIZE, batch_size=2)
-    with pytest.raises(DataError, match="photos has no classes; put its images into one folder per class"):
+    with pytest.raises(DataError, match=f"{message}; put images into the folder of every class"):
         rotjax.plan(recipe)
     return data
 

@@ -84,6 +84,15 @@ def test_figures_of_a_run(runs, job):
     assert {path: path.read_bytes() for path in workdir.glob("*.*")} == before, "older than the summary: drawn anew"
 
 
+@pytest.mark.parametrize(("first", "scale"), [(3.0, "linear"), (87728.8, "log")])
+def test_a_loss_that_begins_far_off_does_not_flatten_the_curve(first, scale):
+    rows = [{"step": 2 * epoch, "train_loss": 1 / epoch, "test_loss": 2 / epoch} for epoch in range(1, 9)]
+    rows = [row | {"train_accuracy": 0.5, "test_accuracy": 0.5} for row in rows]
+    rows[0]["test_loss"] = first
+    loss, accuracy = plots.curves(rows, 2, [], "title").axes
+    assert (loss.get_yscale(), accuracy.get_yscale()) == (scale, "linear")
+
+
 def test_a_figure_of_noise_stays_small(tmp_path):
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (32, 128, 128, 3), dtype=np.uint8), rng.integers(0, 4, 32)
@@ -168,6 +177,8 @@ def test_progress_is_a_bar_on_a_terminal(runs, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     clock(monkeypatch, range(100))
     with report.Progress(this) as progress:
+        progress.move(1)
+        assert "step 1/4" in capsys.readouterr().out, "before there is a row"
         for row in rows:
             progress.show(row)
     out = capsys.readouterr().out

@@ -130,10 +130,10 @@ def test_R3_a_signal_before_the_first_step_leaves_a_run_that_goes_on(pretrained,
         os.kill(os.getpid(), signal.SIGTERM)
         return init_state(*arguments)
 
-    monkeypatch.setattr(rotjax.training, "init_state", interrupted)
+    monkeypatch.setattr(rotjax.run, "init_state", interrupted)
     with pytest.raises(Stopped, match="stopped at step 0 of 12"):
         carry_out(rotjax.Rotation(**SMALL), data, tmp_path / "run")
-    monkeypatch.setattr(rotjax.training, "init_state", init_state)
+    monkeypatch.setattr(rotjax.run, "init_state", init_state)
     carry_out(rotjax.Rotation(**SMALL), data, tmp_path / "run")
     assert (tmp_path / "run/metrics.jsonl").read_text() == (pretrained / "metrics.jsonl").read_text()
 
@@ -288,11 +288,14 @@ def test_R6_two_processes_end_with_the_same_bits(start, whole, tmp_path):
 def test_R11_another_cadence_changes_no_bit(pretrained, data, tmp_path):
     plan = rotjax.plan(rotjax.Rotation(**SMALL), data=data)
     for options in (dict(checkpoint_seconds=0.0, log_steps=1), dict(checkpoint_seconds=1e9, log_steps=5)):
-        rows = rotjax.train(plan, tmp_path / "run", **options)
+        reached = []
+        rows = rotjax.train(plan, tmp_path / "run", **options, progress=reached.append)
         for row in rows:
             if row["step"] == 4 and options["log_steps"] == 1:
                 rows.close()
+                assert reached == [0, 1, 2, 3, 4]
                 break
+    assert 1 < reached[0] < 5 and reached == [*range(reached[0], 13)]
     for a, b in zip(arrays(tmp_path / "run"), arrays(pretrained), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -356,6 +359,7 @@ def test_R14_killed_before_and_in_the_transfer_it_ends_with_the_same_bits(start,
 
 def test_R14_a_transfer_begins_with_the_pretrained_backbone_and_a_fresh_head(pretrained, data):
     plan = rotjax.plan(rotjax.Classification(pretrained=str(pretrained), batch_size=8, seed=5), data=data)
+    assert rotjax.plan(rotjax.Classification(pretrained=pretrained, batch_size=8, seed=5), data=data).recipe == plan.recipe
     _, _, state = rotjax.run._build(plan)
     fresh, donor = rotjax.init_variables(plan.recipe.model(), 5, 8), rotjax.load(pretrained)[1]
     for name, source in {"head": fresh, "backbone": donor}.items():
@@ -516,7 +520,7 @@ def test_a_recipe_in_python_with_a_name_that_is_none_is_refused(data, name, valu
         ("flip", "no", "str; give bool"),
         ("learning_rate", "0.1", "str; give float"),
         ("mean", (0.5, 0.5), "tuple; give tuple[float, float, float]"),
-        ("dataset", Path("photos"), "PosixPath; give str"),
+        ("dataset", b"photos", "bytes; give str"),
     ],
 )
 def test_C9_a_recipe_in_python_that_could_not_be_read_back_is_refused(name, value, kinds):
@@ -538,7 +542,7 @@ def test_a_backbone_of_a_run_that_is_not_finished_is_told(pretrained, data, note
     assert not any("not finished" in note for note in notes)
     (tmp_path / "run" / "summary.json").unlink()
     rotjax.plan(rotjax.Classification(pretrained=str(tmp_path / "run"), batch_size=8), data=data)
-    assert f"{tmp_path / 'run'} is not finished: taken from it is the backbone of step 12" in notes
+    assert f"{tmp_path / 'run'} is not finished: what is taken from it is of step 12" in notes
 
 
 def test_a_backbone_that_has_seen_the_validation_images_is_told(pretrained, data, notes):
@@ -705,6 +709,8 @@ def test_images_without_classes_are_enough_for_rotation_only(data):
     with pytest.raises(DataError, match="the train images of noise have no labels; give one each, or no classes"):
         rotjax.Dataset("noise", ("a", "b"), bare, bare)
     assert rotjax.plan(rotjax.Rotation(**SMALL), data=unlabelled).steps == 12
+    with pytest.raises(DataError, match="the train images of noise have labels, but the classes have no names"):
+        rotjax.Dataset("noise", (), data.train, data.test)
     with pytest.raises(DataError, match="has no classes"):
         rotjax.plan(rotjax.Classification(**SMALL), data=unlabelled)
 
@@ -762,6 +768,6 @@ def test_C9_a_workdir_of_each_version_loads(tmp_path, archive):
 
 
 def test_C9_a_run_does_not_go_on_with_another_stream_of_batches(pretrained, data, monkeypatch):
-    monkeypatch.setattr(rotjax.workdirs, "STREAM", 3)
+    monkeypatch.setattr(rotjax.workdirs, "VERSION", 3)
     with pytest.raises(DataError, match=r"a rotjax that draws other crops \(stream 2, here 3\); finish it with that one"):
         carry_out(rotjax.Rotation(**SMALL), data, pretrained)

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import rotjax
 from rotjax import optim, training
 from rotjax.data import batches, tasks
 from rotjax.errors import NonFiniteError, UsageError
-from rotjax.state import abstract_variables, init_state, init_variables
+from rotjax.state import TrainState, abstract_variables, init_state, init_variables
 
 
 def small(num_classes=4, **options):
@@ -195,6 +197,11 @@ def test_evaluation_counts_every_image_once_whatever_the_batch_size(images):
         np.testing.assert_array_equal(result["confusion"], confusion)
     with pytest.raises(ValueError, match="no batch to evaluate on"):
         training.evaluate(step, variables, iter(()))
+    given = images | {"label": images["label"] + 3, "weight": np.ones(48, np.float32)}
+    with pytest.raises(ValueError, match="no image has a label below the number of logits"):
+        training.evaluate(step, variables, [given])
+    with pytest.raises(UsageError, match="there are labels below 0, of images without a class"):
+        rotjax.eval_batches(images | {"label": images["label"] - 1}, tasks.classify, 8)
 
 
 def test_a_network_learns_how_32_images_were_turned():
@@ -286,6 +293,40 @@ def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32():
 def test_a_network_eats_nothing_but_uint8():
     with pytest.raises(TypeError, match="uint8"):
         small().init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3), (2, 3, 8, 8), (2, 8, 8, 1)])
+def test_a_network_says_which_shape_it_eats(shape):
+    with pytest.raises(TypeError, match=r"images are \[.*; give \[B,H,W,3\]"):
+        small().init(jax.random.key(0), np.zeros(shape, np.uint8))
+
+
+def test_a_state_has_an_abstract_form():
+    """As it takes to restore into: shapes and dtypes, without computing any."""
+    model, optimizer = small(), rotjax.adamw(0.01)
+
+    def state():
+        return init_state(optimizer, init_variables(model, 0, 8))
+
+    def form(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    assert form(jax.eval_shape(state)) == form(state())
+
+
+def test_only_one_call_of_a_step_is_under_way_when_a_state_is_yielded(monkeypatch):
+    """Else a signal waits for all steps that were started since the last row."""
+    waited, started = [], itertools.count(1)
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
+
+    def step(state, batch):
+        return state, {"loss": np.float32(next(started))}
+
+    state = TrainState(jnp.int32(0), {}, (), {"count": jnp.int32(1)})
+    fitting = rotjax.fit(step, state, [{}] * 9, steps=9, epoch_steps=9, log_steps=9)
+    for number in range(1, 6):
+        next(fitting)
+        assert waited[-1] == ({"loss": number - 1} if number > 1 else {})
 
 
 def test_the_next_batch_is_made_before_anything_is_waited_for_and_none_beyond_the_last_step():

@@ -12,7 +12,7 @@ from rotjax.data.tasks import COLUMNS, CUT_COLUMNS, CUT_ROWS, FLIPS, ROWS, STREA
 from rotjax.rotation import whole_pixels
 
 GREY = np.uint8(120)  # as bright as the mean of photographs
-STREAM = 2  # to be raised with every change of the batches that a seed gives: a run does not go on with others
+VERSION = 2  # to be raised with every change of the batches that a seed gives: a run does not go on with others
 Array = Any  # np.ndarray or jax.Array
 
 

@@ -31,8 +31,6 @@ def train_batches(
     Rotations need no labels. Raises TypeError for pixels that are not uint8 or labels that are missing, UsageError for
     negative labels to classify by; see `train_picks`.
     """
-    if task is tasks.classify and np.min(data.get("label", 0), initial=0) < 0:
-        raise UsageError("there are labels below 0, of images without a class; leave these out, or give another task")
     picks = train_picks(len(data["image"]), batch_size, steps, seed=seed, share=share)
     return viewed(_checked(data, task), picks, partial(train_view, task=task, flip=flip, cutout=cutout))
 
@@ -59,7 +57,8 @@ def train_picks(count: int, batch_size: int, steps: int, *, seed: int, share: sl
 def check_fits(batch_size: int, count: int) -> None:
     """Raises UsageError where a batch has more images than the `count` that there are to train on."""
     if not 0 < batch_size <= count:
-        raise UsageError(f"--batch_size={batch_size} is larger than the training set of {count:,} images; lower it")
+        asked = f"--batch_size={batch_size} is larger than the training set of {count:,} images"
+        raise UsageError(f"{asked}; lower it to {count} or less, or give more images")
 
 
 def eval_batches(
@@ -67,7 +66,7 @@ def eval_batches(
 ) -> Batches:
     """A Grain dataset of evaluation batches: every image once, in order, unaugmented; the last is padded with weight 0.
 
-    Rotations need no labels. Raises TypeError for pixels that are not uint8 or labels that are missing.
+    Rotations need no labels. Raises TypeError and UsageError as `train_batches`.
     """
     picks = eval_picks(len(data["image"]), batch_size, seed=seed, epoch=epoch, share=share)
     return viewed(_checked(data, task), picks, partial(eval_view, task=task))
@@ -92,13 +91,20 @@ def viewed(data: Arrays, picks: Batches, view: Callable[[Arrays, Arrays], Arrays
 
 def _checked(data: Arrays, task: tasks.Task) -> Arrays:
     """`data`, with placeholder labels if it has none and `task` needs none."""
-    if data["image"].dtype != np.uint8:
-        raise TypeError(f"images are {data['image'].dtype}; give uint8 pixels, 0 to 255: the network normalises by itself")
+    check_pixels(data["image"])
     if "label" in data:
+        if task is tasks.classify and np.min(data["label"], initial=0) < 0:
+            raise UsageError("there are labels below 0, of images without a class; leave these out, or give another task")
         return data
     if task is tasks.classify:
         raise TypeError("images have no 'label', i32 [N], to be classified by; give it, or another task")
     return data | {"label": unlabelled(len(data["image"]))}
+
+
+def check_pixels(images: np.ndarray) -> None:
+    """Raises TypeError for pixels that are not uint8."""
+    if images.dtype != np.uint8:
+        raise TypeError(f"images are {images.dtype}; give uint8 pixels, 0 to 255: the network normalises by itself")
 
 
 def unlabelled(count: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """A loaded data set: arrays for training, arrays for testing, class names."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,8 +18,8 @@ class Dataset:
 
     name: str
     classes: tuple[str, ...]
-    train: Arrays
-    test: Arrays
+    train: Arrays = field(repr=False)
+    test: Arrays = field(repr=False)
 
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(map(str, self.classes)))  # which may be numbers
@@ -39,6 +39,8 @@ class Dataset:
             if not len(image) or label.shape != (len(image),) or not np.issubdtype(label.dtype, np.integer):
                 labels = f"{label.dtype}{list(label.shape)}"
                 raise DataError(f"{where} are {len(image)}, their labels {labels}; give at least one, and one label each")
+            if not self.classes and (label >= 0).any():
+                raise DataError(f"{where} have labels, but the classes have no names; give these, or no labels")
             bad = np.flatnonzero((label < (0 if self.classes else -1)) | (label >= len(self.classes)))
             if len(bad):
                 raise DataError(f"{where}: label {label[bad[0]]} of image {bad[0]} is none of {len(self.classes)} classes")

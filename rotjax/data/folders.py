@@ -14,7 +14,7 @@ from PIL import Image
 
 from rotjax.errors import DataError
 
-TRAIN, TESTS = "train", ("test", "validation", "valid", "val")  # of several the first is tested on
+TRAINS, TESTS = ("train", "training"), ("test", "testing", "validation", "valid", "val")  # of several the first counts
 MOST = 5  # names in a line
 UNDRAWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow opens but leaves to other programs to draw
 UNOPENED = {".heic", ".heif"}  # photographs all the same: better counted as unreadable than passed over
@@ -27,17 +27,20 @@ class Photograph(NamedTuple):
     label: int  # -1 where there are no classes
 
 
-def found(folder: Path) -> tuple[list[Photograph], int, tuple[str, ...], bool]:
-    """Photographs, those to train on first; how many these are; the classes; whether the others are held out of them."""
+def found(folder: Path, labelled: bool) -> tuple[list[Photograph], int, tuple[str, ...], bool]:
+    """Photographs, those to train on first; how many these are; the classes; whether the others are held out of them.
+
+    Raises DataError where there are none, or no classes although they are to be `labelled`.
+    """
     train_root, test_root = _divided(folder)
-    classes, train = _classes(folder, train_root)
+    classes, train = _classes(folder, train_root, labelled)
     if test_root is None:
         train, test = _hold_out(train)
         return train + test, len(train), classes, True
-    test_classes, test = _classes(folder, test_root)
-    if odd := sorted(set(classes) ^ set(test_classes)):
+    test_classes, test = _classes(folder, test_root, labelled)
+    if classes and (odd := sorted(set(classes) ^ set(test_classes))):
         names = f"{shown(train_root.name)} and {shown(test_root.name)}"
-        classes = unclassed(f"in {shown(folder)} {names} do not both have the classes {few(odd)}")
+        classes = unclassed(f"in {shown(folder)} {names} do not both have the classes {few(odd)}", labelled)
     return train + test, len(train), classes, False
 
 
@@ -52,12 +55,12 @@ def everything(folder: Path) -> list[str]:
 def _divided(folder: Path) -> tuple[Path, Path | None]:
     """The folders to train and to test on; `folder` and None where nothing is divided."""
     subfolders = {path.name.lower(): path for path in _subfolders(folder)}
-    tests = [name for name in TESTS if name in subfolders]
-    if TRAIN not in subfolders and tests and len(tests) == len(subfolders):
-        raise DataError(f"{shown(folder)} has {few(tests)} but no folder {TRAIN}; add one, or name the folder inside")
-    if TRAIN not in subfolders or (len(subfolders) > 1 and not tests):  # beside others train is a class of that name
+    trains, tests = ([name for name in names if name in subfolders] for names in (TRAINS, TESTS))
+    if not trains and tests and len(tests) == len(subfolders):
+        raise DataError(f"{shown(folder)} has {few(tests)} but no folder {TRAINS[0]}; add one, or name the folder inside")
+    if not trains or (len(subfolders) > 1 and not tests):  # beside others train is a class of that name
         return folder, None
-    train_root, test_root = subfolders[TRAIN], subfolders[tests[0]] if tests else None
+    train_root, test_root = subfolders[trains[0]], subfolders[tests[0]] if tests else None
     others = sorted(path.name for path in folder.iterdir() if path not in (train_root, test_root))
     if others := [shown(name) for name in others if not name.startswith(".")]:
         testing = f", testing on {test_root.name}" if test_root else ""
@@ -65,7 +68,7 @@ def _divided(folder: Path) -> tuple[Path, Path | None]:
     return train_root, test_root
 
 
-def _classes(folder: Path, root: Path) -> tuple[tuple[str, ...], list[Photograph]]:
+def _classes(folder: Path, root: Path, labelled: bool) -> tuple[tuple[str, ...], list[Photograph]]:
     """The classes below `root`, or none, and their photographs in the order of their names."""
     beside = sorted(path for path in root.iterdir() if not path.name.startswith(".") and not path.is_dir())
     below = {top: _files(top) for top in _subfolders(root)}
@@ -75,19 +78,24 @@ def _classes(folder: Path, root: Path) -> tuple[tuple[str, ...], list[Photograph
     within = sum(map(len, images))
     if 0 < within < len(beside):
         move = "to tell the folders apart move the others elsewhere"
-        unclassed(f"{shown(root)} has {len(beside):,} images beside its folders and {within:,} in them ({move})")
+        unclassed(f"{shown(root)} has {len(beside):,} images beside its folders and {within:,} in them ({move})", labelled)
         beside, images = sorted(chain(beside, *images)), []
-    tops = list(below) if any(images) else []
-    if not tops and not beside:
+    classes = tuple(shown(top.name) for top in below) if any(images) else ()
+    if not classes and not beside:
         raise DataError(f"{shown(root)} holds no images ({strange or 'no files'}); name a folder of images")
-    if tops and beside:
-        names = few(shown(file.name) for file in beside)
-        log.warning(f"{len(beside):,} images beside the class folders of {shown(root)} are left out: {names}")
+    if classes and beside:
+        names, where = few(shown(file.name) for file in beside), f"beside the class folders of {shown(root)}"
+        if labelled:
+            log.warning(f"{len(beside):,} images {where} are left out: {names}")
+            beside = []
+        else:
+            classes = unclassed(f"{len(beside):,} images lie {where} ({names})", labelled)
     if strange:
         log.info(f"left out of {shown(root)}, no images by their suffix: {strange}")
-    labelled = enumerate(images) if tops else [(-1, beside)]
-    photographs = [Photograph(file.relative_to(folder).as_posix(), label) for label, files in labelled for file in files]
-    return tuple(shown(top.name) for top in tops), sorted(photographs)
+    parts = [(-1, beside), *enumerate(images)]
+    return classes, sorted(
+        Photograph(file.relative_to(folder).as_posix(), label) for label, files in parts for file in files
+    )
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -129,8 +137,10 @@ def _hold_out(photographs: list[Photograph]) -> tuple[list[Photograph], list[Pho
     return [p for p in photographs if p not in test], [p for p in photographs if p in test]
 
 
-def unclassed(reason: str) -> tuple[str, ...]:
-    """No classes, and a line that says why: to predict rotations the images are enough."""
+def unclassed(reason: str, labelled: bool) -> tuple[str, ...]:
+    """No classes, and a line that says why: to predict rotations the images are enough; DataError if they are `labelled`."""
+    if labelled:
+        raise DataError(f"{reason}; put images into the folder of every class")
     log.warning(f"{reason}: its images are taken without classes")
     return ()
 

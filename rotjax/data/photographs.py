@@ -31,17 +31,17 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
     """The middle squares of the images in `folder`, as `[N,image_size,image_size,3]`.
 
     Each subfolder is a class, with the images anywhere below it; images without subfolders have no classes. Where folders
-    `train` and `test` (or `validation`, `valid`, `val`) hold such folders or images, they are the split; else a tenth of
-    each class is held out, chosen by file name and by nothing else, so that no two runs disagree on it. `progress` wraps
-    the names of the files while they are decoded, once: see `decoded`. The split and everything left out are logged, and
-    so is a set that has no classes after all: one of them has no image, training and test set differ in them, or most
-    images lie beside them.
+    `train` (or `training`) and `test` (or `testing`, `validation`, `valid`, `val`) hold such folders or images, they are
+    the split; else a tenth of each class is held out, chosen by file name alone, so that no two runs disagree on it.
+    `progress` wraps the names of the files while they are decoded, once: see `decoded`. The split and everything left out
+    are logged, and so is a set that has no classes after all: one of them has no image, training and test set differ in
+    them, or images lie beside them. These are left out where the others are to be `labelled`, unless they are most.
     Raises DataError where the training or the test set has no image, or a set that is to be `labelled` no classes;
     ReadError for a file that cannot be read at present, UsageError where there are fewer files to train on than a batch has
     images.
     """
     with _listing(folder):
-        photographs, border, classes, held_out = found(folder)
+        photographs, border, classes, held_out = found(folder, labelled)
     check_fits(batch_size, border)
     if labelled:
         check_classes(shown(folder), classes)
@@ -60,7 +60,7 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
         )
     border -= sum(number < border for number in dropped)
     train, test = ({key: value[rows] for key, value in arrays.items()} for rows in (slice(border), slice(border, None)))
-    classes = _checked(folder, classes, train, test, held_out)
+    classes = _checked(folder, classes, train, test, held_out, labelled)
     if not classes:
         train, test = ({**part, "label": unlabelled(len(part["image"]))} for part in (train, test))
     return Dataset(folder.resolve().name, classes, train, test)
@@ -99,7 +99,9 @@ def _decoding() -> Iterator[None]:
         yield
 
 
-def _checked(folder: Path, classes: tuple[str, ...], train: Arrays, test: Arrays, held_out: bool) -> tuple[str, ...]:
+def _checked(
+    folder: Path, classes: tuple[str, ...], train: Arrays, test: Arrays, held_out: bool, labelled: bool
+) -> tuple[str, ...]:
     """The classes, none where one lacks images; tells the sizes of a set to train on, raises DataError for one too small."""
     counts = [len(part["label"]) for part in (train, test)]
     if not all(counts):
@@ -112,7 +114,7 @@ def _checked(folder: Path, classes: tuple[str, ...], train: Arrays, test: Arrays
         if missing := [name for label, name in enumerate(classes) if label not in present]:
             line = f"no readable image to {job} on of class {few(missing)}"
             if part is train or not held_out:
-                classes = unclassed(f"{shown(folder)} has {line}")
+                classes = unclassed(f"{shown(folder)} has {line}", labelled)
                 break
             log.warning(line)
     kinds = f"{len(classes)} class{'es' * (len(classes) != 1)} ({few(classes)})" if classes else "no classes"

@@ -64,7 +64,8 @@ def subset(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
     order = rng.permutation(len(labels))
     kinds, counts = np.unique(labels, return_counts=True)
     if counts.min() < per_class:
-        raise UsageError(f"--subset={per_class} is more than the {counts.min()} images of class {kinds[counts.argmin()]}")
+        least = kinds[counts.argmin()]
+        raise UsageError(f"--subset={per_class} is more than the {counts.min()} images of class {least}; use at most that")
     return np.sort(np.concatenate([order[labels[order] == kind][:per_class] for kind in kinds]))
 
 

@@ -27,7 +27,7 @@ class Classifier(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """uint8 `[B,H,W,3]` to logits `[B,num_classes]`; TypeError for anything but uint8."""
+        """uint8 `[B,H,W,3]` to logits `[B,num_classes]`; TypeError for anything else."""
         return self.endpoints(images, train=train)["logits"]
 
     @nn.compact
@@ -35,6 +35,8 @@ class Classifier(nn.Module):
         """The maps `stem`, `stage1` to `stage4`, the `features` `[B,D]` under the head, and the `logits`."""
         if images.dtype != jnp.uint8:
             raise TypeError(f"images are {images.dtype}; give uint8 pixels, 0 to 255: the network normalises them itself")
+        if images.ndim != 4 or images.shape[3] != 3:
+            raise TypeError(f"images are {list(images.shape)}; give [B,H,W,3], the three colours last")
         wide = jnp.promote_types(self.dtype, jnp.float32)
         x = (images.astype(wide) / 255 - jnp.array(self.mean, wide)) / jnp.array(self.std, wide)
         endpoints = self.backbone(x.astype(self.dtype), train=train, held=held_endpoints(self.held))
