@@ -254,7 +254,7 @@ def _trials(outcomes: Sequence[Outcome]) -> list[str]:
 
 def _missing(there: set[str]) -> str:
     missing = Counter(run.row for run in runs() if run.name not in there)
-    rows = (f"{count} of {row}" for row, count in sorted(missing.items()))
+    rows = (f"{count} of row {row}" for row, count in sorted(missing.items()))
     return f"Runs that are missing: {', '.join(rows)}." if missing else "Every row of the report has been run."
 
 

@@ -170,7 +170,8 @@ def test_only_what_was_measured_is_in_the_tables():
     later = dataclasses.replace(result, epochs=result.epochs[1:])  # whose first row was cut off
     assert "| 3a | row 1 | 64.69 |" not in tables.readme([later], (), {}, ())
     every = [dataclasses.replace(result, name=run.name) for run in runs()]
-    assert "Runs that are missing: 4 of 5b.\n" in tables.readme([one for one in every if one.name[:2] != "5b"], (), {}, ())
+    others = [one for one in every if one.name[:2] != "5b"]
+    assert "Runs that are missing: 4 of row 5b.\n" in tables.readme(others, (), {}, ())
     assert "Every row of the report has been run.\n" in tables.readme(every, (), {}, ())
     assert tables.table(["a"], [["b|c"]]).endswith("| b\\|c |")
 
