@@ -273,9 +273,8 @@ def warn_of_thin_batches(batch_size: int) -> None:
 
 def warn_of_few_steps(plan: rotjax.Plan) -> None:
     """Says so where a small set gives so few steps that hardly anything can be learnt."""
-    recipe, images = plan.recipe, len(plan.data.train["label"])
-    if recipe.max_steps is None and plan.steps < FEW:
-        each = f"{plan.epochs} epochs of {plan.epoch_steps}, {images:,} images by {recipe.batch_size}"
+    if plan.recipe.max_steps is None and plan.steps < FEW:
+        each = f"{plan.epochs} epochs of {plan.epoch_steps}"
         log.warning(f"only {plan.steps} steps in all ({each}); to learn more, lower --batch_size or raise --epochs")
 
 

@@ -3,7 +3,6 @@
 import heapq
 import itertools
 import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -39,8 +38,7 @@ def draw(workdir: Path, plan: Plan) -> None:
     missing = [name for name in FIGURES if processes.of_primary(name in stale)]
     if missing:
         log.info("drawing the figures")
-    with matplotlib.style.context(["default", plots.STYLE]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # of a class's name, which becomes a box
+    with matplotlib.style.context(["default", plots.STYLE]):
         for name in missing:
             with processes.together():
                 figure = FIGURES[name](run)

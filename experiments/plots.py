@@ -1,6 +1,7 @@
 """Plots of arrays, in one style; no display is needed."""
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -128,7 +129,9 @@ def filters(before: np.ndarray, after: np.ndarray, title: str) -> Figure:
 def save(figure: Figure, path: Path) -> None:
     """Writes `figure` as a PNG of at most 256 colours, all of it or nothing; raises CheckpointError where it cannot."""
     drawn, reduced = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a class's name, which becomes a box
+        figure.savefig(drawn, format="png")
     Image.open(drawn).convert("RGB").quantize(256).save(reduced, format="png", optimize=True)
     files.write(path, reduced.getvalue())
 

@@ -19,7 +19,7 @@ from rotjax.data.folders import few, shown
 from rotjax.errors import DataError
 from rotjax.workdirs import read_recipe
 
-TOGETHER = 1024  # images in memory at once
+TOGETHER, ROOM = 1024, 2**28  # images in memory at once, and bytes of them
 LISTED = 20  # classes in the printed summary
 
 
@@ -41,14 +41,14 @@ def run(pretrained: Path, images: Path) -> None:
     """
     command.check_folder("images", images, there=True)
     processes.check_devices()
-    image_size, names = read_recipe(pretrained).image_size, photographs.listed(images)
+    recipe, names = read_recipe(pretrained), photographs.listed(images)
     stem = f"predictions-{images.resolve().name[:40]}-{command.mark(images)}"
     table, sheet = (command.made(pretrained) / f"{stem}.{kind}" for kind in ("csv", "png"))
     command.cache_compilations()
     model, variables, recipe = rotjax.load(pretrained)
     spread = set(np.linspace(0, len(names) - 1, figures.SHOWN).astype(int).tolist())
     guesses, lines, drawn, unreadable = Counter[int](), [], [], []
-    seen = command.decoding(predicted(model, variables, images, names, image_size), total=len(names))
+    seen = command.decoding(predicted(model, variables, recipe, images, names), total=len(names))
     for number, (name, (pixels, given)) in enumerate(zip(names, seen, strict=True)):
         if given is None:
             unreadable.append(f"{shown(name)} ({shown(pixels)})")
@@ -74,13 +74,15 @@ def run(pretrained: Path, images: Path) -> None:
 
 
 def predicted(
-    model: rotjax.Classifier, variables: dict, folder: Path, names: Sequence[str], image_size: int
+    model: rotjax.Classifier, variables: dict, recipe: rotjax.Recipe, folder: Path, names: Sequence[str]
 ) -> Iterator[tuple[np.ndarray | str, np.ndarray | None]]:
     """Of each of `names` in `folder` the pixels and the probabilities f32 `[C]`, or why it cannot be read and None."""
-    for begin in range(0, len(names), TOGETHER):
-        squares = photographs.squares(folder, names[begin : begin + TOGETHER], image_size)
+    size = recipe.image_size
+    together = max(1, min(TOGETHER, ROOM // (3 * size**2)))
+    for begin in range(0, len(names), together):
+        squares = photographs.squares(folder, names[begin : begin + together], size)
         read = [square for square in squares if not isinstance(square, str)]
-        given = iter(rotjax.probabilities(model, variables, np.stack(read)) if read else ())
+        given = iter(rotjax.probabilities(model, variables, np.stack(read), batch_size=recipe.batch_size) if read else ())
         for square in squares:
             yield square, None if isinstance(square, str) else next(given)
 

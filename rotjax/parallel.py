@@ -111,5 +111,6 @@ def place(batches: Iterable[dict], mesh: Mesh | None = None, *, axis: int = 0) -
     mesh = mesh or data_mesh()
     put = partial(jax.make_array_from_process_local_data, split(mesh, axis))
     for batch in batches:
-        check_batch(jax.tree.leaves(batch)[0].shape[axis], len(mesh.local_devices))
+        own = jax.tree.leaves(batch)[0].shape[axis]
+        check_batch(own * mesh.size // max(len(mesh.local_devices), 1), mesh.size)
         yield put(batch)

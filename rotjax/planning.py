@@ -74,8 +74,9 @@ def plan(
     `data` replaces the data set that the recipe names. `workdir` is only checked: it must not hold another run, and
     nothing is written. All processes must call this. Raises UsageError, DataError or CheckpointError.
     """
-    paths = {name: getattr(recipe, name, None) for name in ("dataset", "pretrained")}
-    recipe = dataclasses.replace(recipe, **{name: str(path) for name, path in paths.items() if isinstance(path, Path)})
+    for name, end in {"dataset": "/", "pretrained": ""}.items():  # the folder `Path("digits")` is not the set of that name
+        if isinstance(path := getattr(recipe, name, None), Path):
+            recipe = dataclasses.replace(recipe, **{name: f"{path}{end}"})
     check(recipe, resolved=False)
     if data is None:
         recipe = dataclasses.replace(recipe, dataset=sources.canonical(recipe.dataset))

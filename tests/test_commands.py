@@ -344,6 +344,4 @@ def test_a_run_of_few_steps_is_told(images, notes):
     for options in (dict(epochs=50), dict(epochs=3, max_steps=2), dict(epochs=3)):
         assert notes == []
         command.warn_of_few_steps(rotjax.plan(dataclasses.replace(recipe, **options), data=data))
-    assert notes == [
-        "only 18 steps in all (3 epochs of 6, 48 images by 8); to learn more, lower --batch_size or raise --epochs"
-    ]
+    assert notes == ["only 18 steps in all (3 epochs of 6); to learn more, lower --batch_size or raise --epochs"]

@@ -4,6 +4,7 @@ import csv
 import os
 import sys
 from collections import Counter
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 import rotjax
 from experiments import predict
+from rotjax.data import photographs
 from rotjax.data.pixels import square
 from rotjax.errors import DataError
 
@@ -74,6 +76,13 @@ def test_every_image_of_a_folder_gets_its_prediction(workdir, folder, monkeypatc
         assert row["probability"] == row[row["prediction"]]
     for name, count in Counter(row["prediction"] for row in rows).items():
         assert f"{count:9}  {name}\n" in out
+
+
+def test_the_current_folder_and_the_one_above_are_folders_too(folder, monkeypatch):
+    names = photographs.listed(folder)
+    for here, path in ((folder, "."), (folder / "three", "..")):
+        monkeypatch.chdir(here)
+        assert photographs.listed(Path(path)) == names and len(names) == 41
 
 
 def test_a_folder_without_an_image_that_can_be_read_is_refused_and_leaves_nothing(workdir, tmp_path):

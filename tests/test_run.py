@@ -529,6 +529,12 @@ def test_C9_a_recipe_in_python_that_could_not_be_read_back_is_refused(name, valu
     assert str(caught.value) == f"--{name}={value} is of type {kinds}"
 
 
+def test_a_path_is_a_folder_and_not_the_set_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="no folder ./digits; name a folder of images"):
+        rotjax.plan(rotjax.Rotation(dataset=Path("digits")))
+
+
 def test_C9_classes_that_are_numbers_become_names(data, tmp_path):
     numbered = rotjax.Dataset("noise", tuple(np.arange(3)), data.train, data.test)
     recipe = rotjax.Classification(**SMALL, max_steps=1, learning_rate=np.float64(0.1))

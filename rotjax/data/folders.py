@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 class Photograph(NamedTuple):
     name: str  # path within the data set's folder, with "/"
-    label: int  # -1 where there are no classes
+    label: int  # -1 of an image in no class folder
 
 
 def found(folder: Path, labelled: bool) -> tuple[list[Photograph], int, tuple[str, ...], bool]:
@@ -40,12 +40,13 @@ def found(folder: Path, labelled: bool) -> tuple[list[Photograph], int, tuple[st
     test_classes, test = _classes(folder, test_root, labelled)
     if classes and (odd := sorted(set(classes) ^ set(test_classes))):
         names = f"{shown(train_root.name)} and {shown(test_root.name)}"
-        classes = unclassed(f"in {shown(folder)} {names} do not both have the classes {few(odd)}", labelled)
+        classes = unclassed(f"in {shown(folder)} {names} do not both have the classes {few(odd)}", "fill both", labelled)
     return train + test, len(train), classes, False
 
 
 def everything(folder: Path) -> list[str]:
     """Paths, with "/", of all images anywhere below `folder` but hidden ones, in order; DataError where there are none."""
+    folder = folder.resolve()  # whose parent is another folder, as that of `.` is not
     files = [file for file in _files(folder) if _suffix(file) in _suffixes()]
     if not files:
         raise DataError(f"{shown(folder)} holds no images; name a folder of images")
@@ -78,18 +79,21 @@ def _classes(folder: Path, root: Path, labelled: bool) -> tuple[tuple[str, ...],
     within = sum(map(len, images))
     if 0 < within < len(beside):
         move = "to tell the folders apart move the others elsewhere"
-        unclassed(f"{shown(root)} has {len(beside):,} images beside its folders and {within:,} in them ({move})", labelled)
+        most = f"{shown(root)} has {len(beside):,} images beside its folders and {within:,} in them ({move})"
+        unclassed(most, "or put each into its class", labelled)
         beside, images = sorted(chain(beside, *images)), []
     classes = tuple(shown(top.name) for top in below) if any(images) else ()
     if not classes and not beside:
         raise DataError(f"{shown(root)} holds no images ({strange or 'no files'}); name a folder of images")
     if classes and beside:
-        names, where = few(shown(file.name) for file in beside), f"beside the class folders of {shown(root)}"
+        some = f"{len(beside):,} images beside the class folders of {shown(root)}"
+        names = few(shown(file.name) for file in beside)
         if labelled:
-            log.warning(f"{len(beside):,} images {where} are left out: {names}")
+            log.warning(f"{some} are left out: {names}")
             beside = []
         else:
-            classes = unclassed(f"{len(beside):,} images lie {where} ({names})", labelled)
+            log.warning(f"{some} are of no class ({names}; to have classes move them elsewhere): all are taken without")
+            classes = ()
     if strange:
         log.info(f"left out of {shown(root)}, no images by their suffix: {strange}")
     parts = [(-1, beside), *enumerate(images)]
@@ -137,10 +141,10 @@ def _hold_out(photographs: list[Photograph]) -> tuple[list[Photograph], list[Pho
     return [p for p in photographs if p not in test], [p for p in photographs if p in test]
 
 
-def unclassed(reason: str, labelled: bool) -> tuple[str, ...]:
+def unclassed(reason: str, remedy: str, labelled: bool) -> tuple[str, ...]:
     """No classes, and a line that says why: to predict rotations the images are enough; DataError if they are `labelled`."""
     if labelled:
-        raise DataError(f"{reason}; put images into the folder of every class")
+        raise DataError(f"{reason}; {remedy}")
     log.warning(f"{reason}: its images are taken without classes")
     return ()
 

@@ -46,7 +46,9 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
     if labelled:
         check_classes(shown(folder), classes)
     facts = [(*photograph, *_state(folder / photograph.name)) for photograph in photographs]
-    key = f"{fingerprint(str(folder.resolve()), image_size)}-{fingerprint(facts)}"
+    mixed = ["mixed"] * (not classes and len({photograph.label < 0 for photograph in photographs}) > 1)
+    # Where the listing depends on `labelled`, a source for each: they would take each other's place.
+    key = f"{fingerprint(str(folder.resolve()), image_size, *mixed)}-{fingerprint(facts)}"
     with _decoding():
         records = partial(_records, folder, image_size, photographs, progress)
         arrays, dropped = decoded(key, len(photographs), image_size, records)
@@ -114,7 +116,7 @@ def _checked(
         if missing := [name for label, name in enumerate(classes) if label not in present]:
             line = f"no readable image to {job} on of class {few(missing)}"
             if part is train or not held_out:
-                classes = unclassed(f"{shown(folder)} has {line}", labelled)
+                classes = unclassed(f"{shown(folder)} has {line}", "add some, or remove its folder", labelled)
                 break
             log.warning(line)
     kinds = f"{len(classes)} class{'es' * (len(classes) != 1)} ({few(classes)})" if classes else "no classes"
