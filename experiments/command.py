@@ -55,7 +55,7 @@ class Execution:
     data_dir: DataDir = None
     """Folder of data sets prepared for TFDS."""
     log_steps: int = 50
-    """Steps between rows of metrics.jsonl."""
+    """Steps between rows of metrics.jsonl. Several processes heed signals and save only there."""
     checkpoint_seconds: float = 60.0
     """Seconds between checkpoints; the last step is saved in any case."""
     augment: Annotated[Where | None, default("device on a GPU or TPU with memory for the images, else host")] = None
@@ -66,7 +66,8 @@ class Execution:
     """Threads that read batches ahead; 0: none is read ahead."""
     distributed: bool = False
     """Run as one of several processes, found from SLURM, Open MPI, Kubernetes or a TPU pod, else JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID. All must see the same workdir."""
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID (of several on one machine, each with its own CUDA_VISIBLE_DEVICES). All must see
+    the same workdir."""
 
 
 def main(kind: type[rotjax.Recipe]) -> int:
@@ -206,7 +207,7 @@ def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Pla
     warn_of_idle_gpu()
     with processes.together():
         plan = rotjax.plan(recipe, data_dir=execution.data_dir, workdir=execution.workdir, progress=decoding)
-    warn_of_thin_batches(plan.recipe.batch_size)
+    warn_of_thin_batches(plan.recipe.views)
     warn_of_few_steps(plan)
     cache_compilations()
     workdir = execution.workdir or Path("runs") / plan.recipe.name
@@ -264,9 +265,9 @@ def _say_once(lines: dict[str, str]) -> None:
     warnings.showwarning = shown
 
 
-def warn_of_thin_batches(batch_size: int) -> None:
+def warn_of_thin_batches(views: int) -> None:
     """Says so where GPUs or TPUs get so few images each that one alone may be as fast."""
-    if jax.default_backend() != "cpu" and (count := jax.device_count()) > 1 and (each := batch_size // count) < THIN:
+    if jax.default_backend() != "cpu" and (count := jax.device_count()) > 1 and (each := views // count) < THIN:
         one = "CUDA_VISIBLE_DEVICES=0 takes one of them" if jax.default_backend() == "gpu" else "or use fewer of them"
         log.warning(f"each of {count} devices gets {each} images of a batch; raise --batch_size to use them, {one}")
 

@@ -8,9 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import jax
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
@@ -61,22 +59,15 @@ class _Run:
     def variables(self) -> dict:
         return rotjax.load(self.workdir)[1]
 
-    @cached_property
-    def probabilities(self) -> Callable[[np.ndarray], jax.Array]:
-        apply: Callable[..., Any] = self.plan.recipe.model().apply
-        compiled = jax.jit(lambda variables, images: jax.nn.softmax(apply(variables, images, train=False)))
-        return lambda images: compiled(self.variables, images)
-
     def views(self, data: dict, epoch: int = 0) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
         """Each image of `data`, for rotations on a turn that `epoch` decides, its label, and the network's probabilities."""
-        recipe = self.plan.recipe
+        recipe, model = self.plan.recipe, self.plan.recipe.model()
         everything = slice(None)  # in each of several processes, which draw the same
-        batches = rotjax.eval_batches(
-            data, recipe.eval_task, recipe.batch_size, seed=recipe.seed, epoch=epoch, share=everything
-        )
+        several = min(8 * recipe.batch_size, len(data["label"]))  # the variables are placed anew for each
+        batches = rotjax.eval_batches(data, recipe.eval_task, several, seed=recipe.seed, epoch=epoch, share=everything)
         with closing(rotjax.read(batches)) as reader:
             for batch in reader:
-                given = np.asarray(self.probabilities(batch["image"]))
+                given = rotjax.probabilities(model, self.variables, batch["image"], batch_size=recipe.batch_size)
                 there = batch["weight"] > 0
                 yield from zip(batch["image"][there], batch["label"][there], given[there], strict=True)
 

@@ -16,7 +16,7 @@ from experiments import figures
 from rotjax import presets
 from rotjax.errors import launcher
 from rotjax.planning import Plan
-from rotjax.recipe import Recipe, Rotation
+from rotjax.recipe import Classification, Recipe, Rotation
 from rotjax.workdirs import read_summary
 
 HEADER = "epoch   train loss   train accuracy   test loss   test accuracy   elapsed"
@@ -199,8 +199,8 @@ def next_step(workdir: Path, plan: Plan, data_dir: Path | None = None) -> str:
         return f"next, classify other images:\n  {predict}\nor use it in Python:\n  {loaded}"
     dataset = plan.recipe.dataset if len(plan.data.classes) > 1 else "FOLDER_WITH_A_FOLDER_PER_CLASS"
     recipe, flags = plan.recipe, dict[str, Any](pretrained=workdir, dataset=dataset)
-    if recipe.image_size != presets.of_dataset(recipe.dataset)["image_size"]:
-        flags["image_size"] = recipe.image_size
+    usual = Classification(dataset=recipe.dataset, preset=recipe.preset).resolved()
+    flags |= {name: value for name in ("image_size", "flip") if (value := getattr(recipe, name)) != getattr(usual, name)}
     if recipe.preset != Recipe.preset:
         flags["preset"] = recipe.preset
     if recipe.batch_size != Rotation(dataset=recipe.dataset, preset=recipe.preset).resolved().batch_size:
@@ -217,5 +217,8 @@ def next_step(workdir: Path, plan: Plan, data_dir: Path | None = None) -> str:
 
 
 def _command(job: str, flags: Mapping[str, Any]) -> str:
-    words = " ".join(f"--{name}={shlex.quote(str(value))}" for name, value in flags.items())
+    def word(name: str, value: Any) -> str:
+        return ("--" if value else "--no_") + name if isinstance(value, bool) else f"--{name}={shlex.quote(str(value))}"
+
+    words = " ".join(word(name, value) for name, value in flags.items())
     return f"{launcher()}python -m experiments.{job} {words}"

@@ -73,7 +73,7 @@ def _imagenette() -> list[Run]:
 
     what, from_it = "predict the rotation of ImageNette", "classify CIFAR-10, all trains, from row 6a"
     rotations = Run("6a", f"{what}, 64 px", at(64), published=59.72, band=(58.0, 66.0))
-    larger, longer = Run("6a", f"{what}, 160 px", at(160), variant="160px"), at(32, epochs=180, decay_epochs=60)
+    larger, longer = Run("6a", f"{what}, 160 px", at(160), variant="160px"), at(32, epochs=180)
     return [
         rotations,
         Run("6b", from_it, Classification(), rotations, published=81.97, band=(80.8, 83.2)),

@@ -125,18 +125,18 @@ def load(workdir: str | Path) -> tuple[Classifier, dict, Recipe]:
     return recipe.model(), joined(_load_parts(recipe, workdir, step, "backbone", "head")), recipe
 
 
-def _newest(workdir: Path) -> int:
-    """The step of the newest checkpoint; says so where the run is not finished."""
+def _newest(workdir: Path, then: str = "") -> int:
+    """The step of the newest checkpoint; says so, and what comes of it, where the run is not finished."""
     step = checkpoints.latest_step(workdir / "checkpoints")
     if not (workdir / "summary.json").exists():
-        log.warning(f"{workdir} is not finished: what is taken from it is of step {step}")
+        log.warning(f"{workdir} is not finished: what is taken from it is of step {step}{then}")
     return step
 
 
 def _inherit(recipe: Classification, donor: Path) -> tuple[Classification, int]:
     """The recipe with the network of the run in `donor`, which it names by run and step, and that step."""
     source = workdirs.read_recipe(donor)
-    step = _newest(donor)
+    step = _newest(donor, then=", and this run, if it is stopped, resumes only while that is the newest")
     inherited = {name: getattr(source, name) for name in NETWORK}
     for name, value in inherited.items():
         if getattr(recipe, name) not in (None, value):

@@ -56,7 +56,7 @@ class Recipe:
     schedule: Literal["steps", "cosine"] = DEFERRED
     """steps: the learning rate is divided by 10 every decay_epochs; cosine: cosine decay to 0."""
     decay_epochs: int = DEFERRED
-    """Epochs between the drops of --schedule=steps."""
+    """Epochs between the drops of --schedule=steps; by default in proportion to --epochs."""
     warmup_epochs: int = DEFERRED
     """Epochs of linear warmup from 0 to learning_rate."""
     weight_decay: float = DEFERRED
@@ -141,14 +141,18 @@ class Recipe:
     def resolved(self) -> Self:
         """Fills None fields from the strong preset if chosen, else from the data set's defaults, else the report preset.
 
-        With SGD its learning rate and weight decay come first; a default warmup is at most half of the epochs.
+        With SGD its learning rate and weight decay come first. Among other epochs than the default, drops of the rate come
+        after the same share of them; a default warmup is at most half of them.
         """
         values = presets.REPORT[self.job] | presets.of_dataset(self.dataset)
+        share = values["decay_epochs"] / values["epochs"]
         if self.preset == "strong":
             values |= presets.STRONG[self.job]
         if (self.optimizer or values["optimizer"]) == "sgd":
             values |= presets.SGD
-        values["warmup_epochs"] = min(values["warmup_epochs"], (self.epochs or values["epochs"]) // 2)
+        epochs = self.epochs or values["epochs"]
+        values["decay_epochs"] = max(round(share * epochs), 1)
+        values["warmup_epochs"] = min(values["warmup_epochs"], epochs // 2)
         missing = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None and f.name in values]
         return dataclasses.replace(self, **{name: values[name] for name in missing})
 

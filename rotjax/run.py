@@ -62,7 +62,8 @@ def train(
     _check_alike(plan, feed, log_steps)
     with ExitStack() as stack:
         with processes.together():
-            claim = stack.enter_context(workdirs.claimed(workdir, recipe, plan.data)) if processes.primary() else _ignore
+            ours = workdirs.claimed(workdir, recipe, plan.data, plan.backbone)
+            claim = stack.enter_context(ours) if processes.primary() else _ignore
             stopping = stack.enter_context(signals.stopping())
             saved = stack.enter_context(checkpoints.open_checkpoints(workdir / "checkpoints", claim))
             newest = checkpoints.newest(saved.directory) if processes.primary() else None

@@ -28,10 +28,12 @@ def sent(data: Any, batch: dict) -> dict:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
-    """The loss `[B]` of logits `[B,C]`, with a share `smoothing` of each label spread evenly over the C classes."""
-    if not smoothing:
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return optax.softmax_cross_entropy(logits, optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing))
+    """The loss `[B]` of logits `[B,C]`, with a share `smoothing` of each label spread evenly over the C classes.
+
+    That of a label from C on is NaN.
+    """
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return (1 - smoothing) * loss - smoothing * jax.nn.log_softmax(logits).mean(-1) if smoothing else loss
 
 
 def train_step(

@@ -1,11 +1,15 @@
 """The folder of a run: its owner and lock, and its files."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import jax
+import numpy as np
 
 from rotjax.data.augmentation import VERSION
 from rotjax.data.dataset import Dataset
@@ -66,12 +70,13 @@ def check_vacant(workdir: Path, recipe: Recipe) -> None:
 
 
 @contextmanager
-def claimed(workdir: Path, recipe: Recipe, data: Dataset) -> Iterator[Callable[[], None]]:
+def claimed(workdir: Path, recipe: Recipe, data: Dataset, backbone: dict | None) -> Iterator[Callable[[], None]]:
     """Makes `workdir` the run's, or finds that it is, and keeps other processes out meanwhile.
 
     Yields what raises CheckpointError once `workdir` was moved away or replaced: to be asked before anything is written.
-    Raises UsageError for a folder of another recipe or of something else, DataError where the run was started on other
-    data, CheckpointError where it cannot be written, InUseError where a process is at work.
+    Raises UsageError for a folder of another recipe, of one started from another `backbone`, or of something else,
+    DataError where the run was started on other data, CheckpointError where it cannot be written, InUseError where a
+    process is at work.
     """
     check_vacant(workdir, recipe)
     path = workdir / "recipe.json"
@@ -83,7 +88,7 @@ def claimed(workdir: Path, recipe: Recipe, data: Dataset) -> Iterator[Callable[[
             raise CheckpointError(f"{workdir} cannot be written ({reason(error)}); name another workdir") from error
         if not path.exists():
             write_json(path, to_json(recipe))
-        _same_data(workdir / "data.json", data)
+        _same_start(workdir / "data.json", data, backbone)
 
         def check() -> None:
             if not ours():
@@ -118,20 +123,31 @@ def metrics(workdir: Path, step: int) -> Iterator[tuple[list[dict], Callable[[di
             file.close()
 
 
-def _same_data(path: Path, data: Dataset) -> None:
-    """Leaves at `path` what tells `data` and its stream from others, or compares it with what is there; raises DataError."""
-    facts = data.facts() | {"stream": VERSION}
+def _same_start(path: Path, data: Dataset, backbone: dict | None) -> None:
+    """Leaves at `path` what tells `data`, its stream and `backbone` from others, or compares it with what is there."""
+    facts = data.facts() | {"stream": VERSION, "backbone": backbone and _digest(backbone)}
     if not path.exists():
         write_json(path, facts)
         return
     try:
-        before = {"stream": 1} | read_json(path)
+        before = {"stream": 1, "backbone": facts["backbone"]} | read_json(path)  # older runs do not know it
         odd = [key for key in facts if facts[key] != before[key]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); name another workdir") from error
     if "stream" in odd:
         streams = f"stream {before['stream']}, here {VERSION}"
         raise DataError(f"{path.parent} was started by a rotjax that draws other crops ({streams}); finish it with that one")
+    if "backbone" in odd:  # the name of a run, its recipe's, is that of every training of it
+        other = f"{path.parent} was fine-tuned from another training of the pretrained run"
+        raise UsageError(f"{other}; bring that back, or name another workdir")
     if odd:
         changes = ", ".join(f"{key} {before[key]} -> {facts[key]}" for key in odd if key != "sample") or "other images"
         raise DataError(f"{path.parent} was started on other data ({changes}); bring that back, or name another workdir")
+
+
+def _digest(tree: dict) -> str:
+    """A hash of the arrays of `tree`."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -226,6 +226,12 @@ def test_next_step_without_classes(tmp_path):
     assert "--dataset=FOLDER" in report.next_step(tmp_path, plan(rotjax.Rotation, classes=()))
 
 
+def test_the_next_command_mirrors_as_the_run_did(tmp_path):
+    for flip, said in [(False, " --no_flip "), (True, "")]:
+        step = report.next_step(tmp_path, plan(rotjax.Rotation, flip=flip))
+        assert said in step and step.count("flip") == len(said.split())
+
+
 def test_a_run_with_validation_images_does_not_speak_of_test_images(tmp_path, capsys):
     this = plan(rotjax.Rotation, preset="strong", validation=0.25, max_steps=1)
     with report.Progress(this) as progress:

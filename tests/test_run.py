@@ -204,6 +204,22 @@ def test_D6_a_run_does_not_go_on_with_other_data(pretrained, data):
     assert before == {path: path.read_bytes() for path in pretrained.glob("*.json*")}
 
 
+def test_D6_a_classifier_does_not_go_on_from_another_training_of_its_pretrained_network(pretrained, data, tmp_path):
+    """Its name is that of the recipe, which has not changed."""
+    recipe = rotjax.Classification(pretrained=str(pretrained), batch_size=8, epochs=1)
+    plan = rotjax.plan(recipe, data=data)
+    again = dataclasses.replace(plan, backbone=jax.tree.map(lambda x: x + 1e-3, plan.backbone))
+    list(rotjax.train(plan, tmp_path / "run"))
+    before = {path: path.read_bytes() for path in tmp_path.glob("run/*.json*")}
+    with pytest.raises(UsageError, match="run was fine-tuned from another training of the pretrained run; bring that back"):
+        list(rotjax.train(again, tmp_path / "run"))
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("run/*.json*")}
+    facts = json.loads((tmp_path / "run" / "data.json").read_text())
+    del facts["backbone"]
+    (tmp_path / "run" / "data.json").write_text(json.dumps(facts))
+    assert not list(rotjax.train(again, tmp_path / "run")), "an older run does not know from which"
+
+
 def noise():
     """A plan of 96 steps."""
     rng = np.random.default_rng(0)
@@ -468,6 +484,17 @@ def test_what_is_given_comes_before_the_strong_preset_before_the_data_set_before
     assert rotjax.Rotation().resolved().name == "rotation-cifar10-resnet18-54d5f115"
 
 
+@pytest.mark.parametrize(("job", "usual"), [(rotjax.Rotation, (45, 15)), (rotjax.Classification, (20, 10))])
+def test_the_rate_falls_after_the_same_share_of_any_number_of_epochs(job, usual):
+    epochs, decay = usual
+    assert job().resolved().decay_epochs == decay
+    assert job(epochs=4 * epochs).resolved().decay_epochs == 4 * decay
+    assert job(epochs=1).resolved().decay_epochs == 1
+    assert job(epochs=4 * epochs, decay_epochs=7).resolved().decay_epochs == 7
+    assert job(epochs=16, dataset="digits").resolved().decay_epochs == 12
+    assert job(epochs=4 * epochs, preset="strong", schedule="steps").resolved().decay_epochs == 4 * decay
+
+
 def test_R3_a_run_by_the_strong_preset_that_is_stopped_goes_on_to_the_same_bits(pretrained, data, tmp_path):
     """SGD has another state than AdamW, and the rate rises and falls within the run."""
     given = dict(preset="strong", batch_size=8, epochs=3, warmup_epochs=1, validation=0.25, trainable="last_block")
@@ -596,7 +623,7 @@ def test_F2_a_folder_of_something_else_is_refused(data, tmp_path):
 def test_F1_a_workdir_in_use_is_refused(pretrained, data):
     plan = rotjax.plan(rotjax.Rotation(**SMALL), data=data)
     with (
-        rotjax.workdirs.claimed(pretrained, plan.recipe, plan.data),
+        rotjax.workdirs.claimed(pretrained, plan.recipe, plan.data, plan.backbone),
         pytest.raises(InUseError, match=f"in use by process {os.getpid()} on {socket.gethostname()}; wait"),
     ):
         list(rotjax.train(plan, pretrained))
@@ -672,7 +699,7 @@ def test_F1_a_run_whose_workdir_became_another_run_s_leaves_that_one_alone(data,
                         time.sleep(0.01)
                     workdir.rename(tmp_path / "elsewhere")
                     other = rotjax.plan(rotjax.Rotation(**(SMALL | {"seed": 2})), data=data)
-                    stack.enter_context(rotjax.workdirs.claimed(workdir, other.recipe, other.data))
+                    stack.enter_context(rotjax.workdirs.claimed(workdir, other.recipe, other.data, None))
                     stack.enter_context(rotjax.workdirs.metrics(workdir, 0))
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
         assert sorted(path.name for path in workdir.rglob("*")) == [".lock", "data.json", "metrics.jsonl", "recipe.json"]

@@ -90,6 +90,7 @@ def test_smoothed_labels_are_shared_evenly_over_the_classes(smoothing):
     surprise = -np.asarray(jax.nn.log_softmax(logits))
     expected = (1 - smoothing) * surprise[np.arange(6), labels] + smoothing * surprise.mean(1)
     np.testing.assert_allclose(training.cross_entropy(logits, labels, smoothing), expected, rtol=1e-6)
+    assert np.isnan(training.cross_entropy(logits, labels + 5, smoothing)).all(), "there is no such class"
 
 
 def test_the_schedule_falls_to_a_tenth_at_its_boundaries():
