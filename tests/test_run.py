@@ -575,7 +575,8 @@ def test_a_backbone_of_a_run_that_is_not_finished_is_told(pretrained, data, note
     assert not any("not finished" in note for note in notes)
     (tmp_path / "run" / "summary.json").unlink()
     rotjax.plan(rotjax.Classification(pretrained=str(tmp_path / "run"), batch_size=8), data=data)
-    assert f"{tmp_path / 'run'} is not finished: what is taken from it is of step 12" in notes
+    taken = f"{tmp_path / 'run'} is not finished: what is taken from it is of step 12"
+    assert f"{taken}, and this run, if it is stopped, resumes only while that is the newest" in notes
 
 
 def test_a_backbone_that_has_seen_the_validation_images_is_told(pretrained, data, notes):
