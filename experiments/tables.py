@@ -174,8 +174,9 @@ def _other_beginnings(outcomes: Sequence[Outcome]) -> list[str]:
             other.setdefault((begun, one.pretext), []).append(one.name)
     few = {one.name for one in outcomes if one.row == "4" and one.pretext}
     for names in other.values():
-        if few and few <= {*names}:
-            names[:] = [*(name for name in names if name not in few), "row 4"]
+        if 2 * len(few & {*names}) > len(few):
+            rest = ", ".join(sorted(few - {*names}))
+            names[:] = [*(name for name in names if name not in few), "row 4" + f" but for {rest}" * bool(rest)]
     parts = [f"{', '.join(names)} from {begun} with {score:.2f}" for (begun, score), names in other.items()]
     return [f"From another training than the one in the table: {'; '.join(parts)}."] if parts else []
 

@@ -217,6 +217,8 @@ def test_the_page_says_which_runs_have_other_data_or_start_from_another_training
     assert f"table: row 4 from {one.name} with 78.00." in tables.readme([one, few[0]], (), {}, ())
     few[1] = dataclasses.replace(few[1], name="4-full-20-classification-seed1", pretext=one.score)
     assert f"table: {few[0].name} from {one.name} with 78.00." in tables.readme([one, *few], (), {}, ())
+    few.append(dataclasses.replace(few[0], name="4-full-20-classification-seed2"))
+    assert f"table: row 4 but for {few[1].name} from {one.name} with 78.00." in tables.readme([one, *few], (), {}, ())
 
 
 def test_the_commit_of_a_result_tells_of_changed_code_not_of_other_results(tmp_path, monkeypatch):
