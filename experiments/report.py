@@ -16,7 +16,7 @@ from experiments import figures
 from rotjax import presets
 from rotjax.errors import launcher
 from rotjax.planning import Plan
-from rotjax.recipe import Classification, Recipe, Rotation
+from rotjax.recipe import Classification, Recipe
 from rotjax.workdirs import read_summary
 
 HEADER = "epoch   train loss   train accuracy   test loss   test accuracy   elapsed"
@@ -203,7 +203,7 @@ def next_step(workdir: Path, plan: Plan, data_dir: Path | None = None) -> str:
     flags |= {name: value for name in ("image_size", "flip") if (value := getattr(recipe, name)) != getattr(usual, name)}
     if recipe.preset != Recipe.preset:
         flags["preset"] = recipe.preset
-    if recipe.batch_size != Rotation(dataset=recipe.dataset, preset=recipe.preset).resolved().batch_size:
+    if recipe.batch_size != usual.batch_size:
         flags["batch_size"] = recipe.batch_size
     if recipe.validation:
         flags["validation"] = recipe.validation

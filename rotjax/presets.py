@@ -26,7 +26,7 @@ DATASETS: dict[str, Defaults] = {
 }
 
 _STRONG: Defaults = dict(stem="cifar", dtype="bfloat16", optimizer="sgd", schedule="cosine", warmup_epochs=5)
-STRONG: dict[str, Defaults] = {  # what differs; rate and decay are those of RotNet's authors, at half their 200 epochs
+STRONG: dict[str, Defaults] = {  # what differs; RotNet's authors: the same SGD, but steps, over 200 epochs
     "rotation": _STRONG | dict(rotations="all", epochs=100),
     "classification": _STRONG | dict(epochs=200, cutout=0.375, label_smoothing=0.1),
 }

@@ -223,14 +223,17 @@ def test_a_split_without_train_is_refused(folder):
 # What has no classes after all is enough for rotation, and the log says why
 
 
-def unclassed(folder, notes, message):
-    """Loads without classes as many images as with them; classification refuses them."""
+EMPTY = "add some, or remove its folder"
+
+
+def unclassed(folder, notes, message, remedy):
+    """Loads without classes as many images as with them; classification refuses them, and says what to do."""
     notes.clear()
     data = load(folder, SIZE)
     assert data.classes == () and {*data.train["label"], *data.test["label"]} == {-1}
     assert f"{message}: its images are taken without classes" in "\n".join(notes)
     recipe = rotjax.Classification(dataset=str(folder), stem="cifar", image_size=SIZE, batch_size=2)
-    with pytest.raises(DataError, match=f"{message}; "):
+    with pytest.raises(DataError, match=f"{message}; {remedy}$"):
         rotjax.plan(recipe)
     return data
 
@@ -239,26 +242,27 @@ def test_a_class_without_images(folder, notes):
     paint_classes(folder)
     before = shades(load(folder, SIZE).test)
     (folder / "birds").mkdir()
-    data = unclassed(folder, notes, "photos has no readable image to train on of class birds")
+    data = unclassed(folder, notes, "photos has no readable image to train on of class birds", EMPTY)
     assert shades(data.test) == before, "what is held out stays so once the folder is put right"
     (folder / "birds" / "a.png").write_bytes(b"")
-    unclassed(folder, notes, "photos has no readable image to train on of class birds")
+    unclassed(folder, notes, "photos has no readable image to train on of class birds", EMPTY)
 
 
 def test_other_classes_in_test_or_none(folder, notes):
     paint_classes(folder / "train")
     paint_classes(folder / "test", 1, ("cats", "cows"))
-    unclassed(folder, notes, "train and test do not both have the classes cows, dogs")
+    unclassed(folder, notes, "train and test do not both have the classes cows, dogs", "fill both")
     shutil.rmtree(folder / "test")
     paint(folder / "test" / "a.png")
-    assert len(unclassed(folder, notes, "train and test do not both have the classes cats, dogs").test["label"]) == 1
+    data = unclassed(folder, notes, "train and test do not both have the classes cats, dogs", "fill both")
+    assert len(data.test["label"]) == 1
 
 
 def test_a_class_unreadable_in_test(folder, notes):
     paint_classes(folder / "train")
     paint_classes(folder / "test", 1)
     (folder / "test" / "dogs" / "00.png").write_bytes(b"")
-    unclassed(folder, notes, "photos has no readable image to test on of class dogs")
+    unclassed(folder, notes, "photos has no readable image to test on of class dogs", EMPTY)
 
 
 # Files
