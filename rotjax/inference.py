@@ -42,7 +42,8 @@ def _applied(function: Callable, model: Classifier, variables: dict, images: np.
     variables = jax.device_put(jax.tree.map(np.asarray, variables), replicated(mesh))
     size = -(-min(batch_size, len(images)) // mesh.size) * mesh.size
     picks = eval_picks(len(images), size, seed=0, epoch=0, share=slice(None))
-    with closing(read(picks.map(lambda pick: {"image": images[pick["index"]]}))) as reader:
+    # Over this mesh also where the caller has set another.
+    with jax.set_mesh(mesh), closing(read(picks.map(lambda pick: {"image": images[pick["index"]]}))) as reader:
         parts = [jax.device_get(function(model, variables, batch["image"])) for batch in place(reader, mesh)]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays)[: len(images)], *parts)
 

@@ -1,7 +1,6 @@
 """The train step, the evaluation step and the training loop, the same for pretraining and fine-tuning."""
 
 import dataclasses
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial, reduce
 from typing import Any
@@ -150,7 +149,7 @@ def evaluate(step: Callable[[dict, dict], dict[str, jax.Array]], variables: dict
 
     Raises ValueError without a batch, or an image of weight whose label is below the number of logits.
     """
-    add, results = partial(jax.tree.map, operator.add), (step(variables, batch) for batch in batches)
+    add, results = partial(jax.tree.map, _add), (step(variables, batch) for batch in batches)
     if (first := next(results, None)) is None:
         raise ValueError("there is no batch to evaluate on; give one, of an iterator that is not used up")
     sums = reduce(add, results, first)
@@ -162,6 +161,12 @@ def evaluate(step: Callable[[dict, dict], dict[str, jax.Array]], variables: dict
         "accuracy": int(np.trace(confusion)) / count,
         "confusion": confusion,
     }
+
+
+def _add(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`x + y` also where the caller has set another mesh than theirs."""
+    with jax.sharding.use_abstract_mesh(jax.typeof(x).sharding.mesh):
+        return x + y
 
 
 def fit(

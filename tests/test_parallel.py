@@ -62,6 +62,13 @@ def counted(step, *arguments):
     # operations of each of four devices in a step on arrays as they are given
     return int(step.lower(*arguments).compile().cost_analysis()["flops"])
 
+def seen(evaluation):
+    # what is made of several batches
+    batches = [{name: array[rows] for name, array in weighted.items()} for rows in (slice(16), slice(16, None))]
+    result = rotjax.evaluate(evaluation, variables, rotjax.place(batches))
+    features = rotjax.features(model, variables, batch["image"], batch_size=16)
+    return [result["loss"], result["confusion"].tolist(), {name: rows.tolist() for name, rows in features.items()}]
+
 one, two, four = (jax.devices()[:count] for count in (1, 2, 4))
 meshes = [data_mesh(one), jax.make_mesh((2,), ("batch",), devices=two), data_mesh(four)]  # the second the caller's own
 first = [trained(mesh, 1.0, 1)[1] for mesh in meshes]
@@ -83,7 +90,9 @@ weighted = batch | {"weight": np.ones(32, np.float32)}
 state, step, evaluation = init_state(optimizer_of(1.0), variables), step_of(data_mesh(), 1.0), eval_step(model)
 operations = {"trained": [counted(step, state, given) for given in (placed, weighted, jax.device_put(weighted))]}
 operations["evaluated"] = [counted(evaluation, state.variables, given) for given in (placed, weighted)]
+sights = [seen(evaluation)]
 with jax.set_mesh(jax.make_mesh((4,), ("data",))):  # of explicit axes
+    sights.append(seen(evaluation))
     operations["trained"].append(counted(train_step(model, optimizer_of(1.0)), state, weighted))
     losses = [eval_step(model)(init_variables(model, 0, 8), weighted)["loss"]]
 alone = jax.shard_map(
@@ -99,7 +108,7 @@ try:
     counted(step, state, {name: array[:30] for name, array in weighted.items()})
 except rotjax.errors.UsageError as error:
     refused = str(error)
-results = {"operations": operations, "losses": [float(loss) for loss in losses], "refused": refused}
+results = {"operations": operations, "losses": [float(loss) for loss in losses], "refused": refused, "sights": sights}
 results |= {"made": [made(mesh) for mesh in meshes]}
 print(json.dumps(results | {"first": apart(first), "fifth": apart(fifth), "moved": sum(moved, [])}))
 """
@@ -134,6 +143,11 @@ def test_each_device_computes_its_share_wherever_a_batch_lies_and_whatever_mesh_
         assert placed > 0 and set(others) == {placed}
     assert differences["losses"] == pytest.approx(differences["losses"][:1] * 4, rel=1e-5)
     assert differences["refused"].startswith("--batch_size=30 cannot be shared among 4 devices; use 32")
+
+
+def test_several_batches_are_evaluated_and_seen_alike_whatever_mesh_is_set(differences):
+    alone, under_another_mesh = differences["sights"]
+    assert alone[0] > 0 and alone == under_another_mesh
 
 
 def test_P4_a_checkpoint_goes_on_on_any_number_of_devices_from_the_same_bits(differences):
