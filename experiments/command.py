@@ -127,9 +127,9 @@ def mark(path: Path) -> str:
     return hashlib.sha256(os.fsencode(path.expanduser().resolve())).hexdigest()[:8]
 
 
-def made(folder: Path) -> Path:
-    """`folder`, made unless it is there; raises CheckpointError where nothing can be written in it."""
-    with files.writing(folder):
+def made(folder: Path, remedy: str = "fix it, or name another folder") -> Path:
+    """`folder`, made unless it is there; raises CheckpointError, with the `remedy`, where nothing can be written in it."""
+    with files.writing(folder, remedy):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     return folder

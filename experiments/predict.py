@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import matplotlib.style
 import numpy as np
@@ -28,22 +29,25 @@ def main() -> int:
     return command.cli(run, "predict", resumes=False)
 
 
-def run(pretrained: Path, images: Path) -> None:
+def run(pretrained: Path, images: Path, output: Annotated[Path | None, command.default("the workdir")] = None) -> None:
     """Say which class a trained network sees in each image of a folder; if it was trained on rotations, which turn.
 
-    The workdir gets a table, predictions-<folder>.csv: each file, the prediction, its probability, and that of every class;
+    It leaves a table, predictions-<folder>.csv: each file, the prediction, its probability, and that of every class;
     and predictions-<folder>.png, some of the images with what was predicted. The name tells folders apart. Turns are
     counter-clockwise: what is predicted as 90° is upright once turned clockwise by as much.
 
     Args:
         pretrained: Workdir of the run whose network it is.
         images: Folder of images, also in folders below it, of any size; they are scaled and cut as in training.
+        output: Folder that gets the table and the picture.
     """
     command.check_folder("images", images, there=True)
+    command.check_folder("output", output)
     processes.check_devices()
     recipe, names = read_recipe(pretrained), photographs.listed(images)
     stem = f"predictions-{images.resolve().name[:40]}-{command.mark(images)}"
-    table, sheet = (command.made(pretrained) / f"{stem}.{kind}" for kind in ("csv", "png"))
+    folder = command.made(output or pretrained, "name another folder, --output")
+    table, sheet = (folder / f"{stem}.{kind}" for kind in ("csv", "png"))
     command.cache_compilations()
     model, variables, recipe = rotjax.load(pretrained)
     spread = set(np.linspace(0, len(names) - 1, figures.SHOWN).astype(int).tolist())

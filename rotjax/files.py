@@ -30,12 +30,12 @@ def write_json(path: Path, values: dict) -> None:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turns what the system says of a block that writes in `folder` into CheckpointError."""
+def writing(folder: Path, remedy: str = "fix it, the same command resumes") -> Iterator[None]:
+    """Turns what the system says of a block that writes in `folder` into CheckpointError, which ends with the `remedy`."""
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"cannot write in {folder} ({reason(error)}); fix it, the same command resumes") from error
+        raise CheckpointError(f"cannot write in {folder} ({reason(error)}); {remedy}") from error
 
 
 def read_json(path: Path) -> Any:

@@ -81,6 +81,7 @@ BAD = {
     "data_dir": FOLDER,
     "results": FOLDER,
     "profile": FOLDER,
+    "output": FOLDER,
     "pretrained": FOLDER | st.just("nowhere"),
     "images": FOLDER | st.just("nowhere"),
     "archive": LONG | st.sampled_from(["nowhere", "file"]),

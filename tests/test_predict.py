@@ -15,7 +15,7 @@ import rotjax
 from experiments import predict
 from rotjax.data import photographs
 from rotjax.data.pixels import square
-from rotjax.errors import DataError
+from rotjax.errors import CheckpointError, DataError
 
 
 def test_probabilities_are_the_softmax_of_the_logits_whatever_the_batch(images):
@@ -76,6 +76,16 @@ def test_every_image_of_a_folder_gets_its_prediction(workdir, folder, monkeypatc
         assert row["probability"] == row[row["prediction"]]
     for name, count in Counter(row["prediction"] for row in rows).items():
         assert f"{count:9}  {name}\n" in out
+
+
+def test_a_workdir_of_others_is_left_as_it_is_where_another_folder_gets_the_table(workdir, folder, tmp_path):
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    predict.run(workdir, folder, output=tmp_path / "a" / "b")
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+    sheet, table = sorted((tmp_path / "a" / "b").iterdir(), key=lambda path: path.suffix, reverse=True)
+    assert (sheet.suffix, table.suffix) == (".png", ".csv") and len(table.read_bytes().splitlines()) == 42
+    with pytest.raises(CheckpointError, match=r"cannot write in .*\.csv/below .*; name another folder, --output"):
+        predict.run(workdir, folder, output=table / "below")
 
 
 def test_the_current_folder_and_the_one_above_are_folders_too(folder, monkeypatch):
