@@ -21,6 +21,24 @@ def test_R9_every_image_is_turned_as_rot90_turns_it(size, seed, data):
     np.testing.assert_array_equal(rotation.rotate(jnp.asarray(images), jnp.asarray(turns)), expected)
 
 
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_there_is_a_turn_for_each_image(xp):
+    images = xp.asarray(pictures(5))
+    for count in (2, 5):
+        with pytest.raises(ValueError, match="broadcast"):
+            rotation.rotate(images, xp.ones(count, int))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4, 3), (3, 4, 4, 1), (3, 1, 1, 5)])
+def test_images_of_any_number_of_channels_turn_whatever_their_dtype_and_order_in_memory(shape):
+    images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    turns = np.arange(shape[0])
+    expected = np.array([np.rot90(image, k) for image, k in zip(images, turns, strict=True)]).reshape(shape)
+    for laid in (images, np.asfortranarray(images), images[:, ::-1][:, ::-1]):
+        np.testing.assert_array_equal(rotation.rotate(laid, turns), expected)
+        np.testing.assert_array_equal(rotation.all_turns(laid)[0], rotation.all_turns(jnp.asarray(images))[0])
+
+
 @given(a=st.integers(-4, 8), b=st.integers(-4, 8))
 @settings(max_examples=40, deadline=None)
 def test_turns_add_up_modulo_four(a, b):

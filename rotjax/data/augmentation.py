@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from rotjax.data.tasks import COLUMNS, CUT_COLUMNS, CUT_ROWS, FLIPS, ROWS, STREAMS, Task
-from rotjax.rotation import whole_pixels
+from rotjax.rotation import contiguous
 
 GREY = np.uint8(120)  # as bright as the mean of photographs
 VERSION = 2  # to be raised with every change of the batches that a seed gives: a run does not go on with others
@@ -79,12 +79,13 @@ def crop_and_flip(images: Array, rows: Array, columns: Array, flips: Array | Non
     count, size, _, channels = images.shape
     padded = np.zeros((count, size + 2 * padding, size + 2 * padding, channels), np.uint8)
     padded[:, padding : padding + size, padding : padding + size] = images
-    windows = np.lib.stride_tricks.sliding_window_view(whole_pixels(padded), (size, size), axis=(1, 2))
-    cropped = windows[np.arange(count), rows, columns]
+    rowwise = padded.reshape(count, size + 2 * padding, -1)
+    windows = np.lib.stride_tricks.sliding_window_view(rowwise, (size, size * channels), axis=(1, 2))
+    cropped = windows[np.arange(count), rows, columns * channels].reshape(images.shape)
     if flips is not None:
         mirrored = np.flatnonzero(flips)
-        cropped[mirrored] = cropped[mirrored][:, :, ::-1]
-    return cropped[..., None].view(np.uint8)
+        cropped[mirrored] = contiguous(cropped[mirrored][:, :, ::-1])
+    return cropped
 
 
 def _crop_and_flip(
