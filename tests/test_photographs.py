@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import rotjax
-from rotjax.data import photographs, sources, tasks
+from rotjax.data import photographs, pixels, sources, tasks
 from rotjax.data.batches import train_batches
 from rotjax.data.photographs import load
 from rotjax.errors import DataError, ReadError, UsageError
@@ -286,7 +286,7 @@ def test_unreadable_files_are_counted_and_named(folder, notes):
     os.truncate(cats / "c.png", 20_000)
     (cats / "d.jpg").symlink_to(cats / "nowhere.jpg")
     os.mkfifo(cats / "e.jpg")
-    (cats / "f.png").write_bytes(png(10_000, 9_000))
+    (cats / "f.png").write_bytes(png(20_000, 9_000))
     (cats / "g.png").write_bytes(png(30_000, 30_000))
     (cats / "h.heic").write_bytes(b"\0\0\0\x18ftypheic")
     (cats / "i.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
@@ -309,7 +309,7 @@ def test_unreadable_files_are_counted_and_named(folder, notes):
         (cats / next(cats.glob(f"{name}.*"))).unlink()
     notes.clear()
     load(folder, SIZE)
-    assert "4 of 24" in notes[1] and "cats/f.png (more than 89 megapixels: scale it down), cats/g.png" in notes[1]
+    assert "4 of 24" in notes[1] and "cats/f.png (more than 179 megapixels: scale it down), cats/g.png" in notes[1]
 
 
 def test_files_without_permission(folder, notes):
@@ -547,6 +547,39 @@ def test_upright_as_exif_says(folder, orientation, suffix):
     Image.fromarray(stored).save(folder / f"a{suffix}", exif=exif, **options)
     difference = only(folder).astype(int) - UPRIGHT[orientation](stored)
     assert np.abs(difference).max() <= (3 if suffix == ".jpg" else 0)
+
+
+def test_upright_whatever_else_exif_says(folder):
+    stored = np.random.default_rng(1).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    fields = struct.pack("<HHLl", 0x0100, 9, 1, -1) + struct.pack("<HHLHH", 0x0112, 3, 1, 6, 0)  # a width below 0
+    exif = b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + fields + bytes(4)
+    Image.fromarray(stored).save(folder / "a.png", exif=exif)
+    np.testing.assert_array_equal(only(folder), np.rot90(stored, -1))
+
+
+def test_a_jpeg_of_a_hundred_megapixels(folder):
+    Image.new("L", (10_400, 10_000), 77).save(folder / "a.jpg")
+    assert (only(folder) == 77).all()
+
+
+def test_a_jpeg_that_was_loaded_small_does_not_pass_for_a_large_one(tmp_path):
+    stored = np.random.default_rng(1).integers(0, 256, (40, 40, 3), np.uint8)
+    Image.fromarray(stored).resize((800, 800)).save(tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as image:
+        twice = [pixels.square(image, 64) for _ in range(2)]
+        np.testing.assert_array_equal(*twice)
+        with pytest.raises(ValueError, match="loaded at 1/4 of its size, too small for 224 px; open it anew"):
+            pixels.square(image, 224)
+
+
+@pytest.mark.parametrize("most, dark", [(4095, True), (65535, False)])
+def test_grey_of_12_bits_in_16_is_told(folder, notes, most, dark):
+    pixels._warn_of_dark_images.cache_clear()
+    values = np.linspace(0, most, SIZE * SIZE).astype(np.uint16).reshape(SIZE, SIZE)
+    for name in "ab":
+        Image.fromarray(values).save(folder / f"{name}.png")
+    load(folder, SIZE)
+    assert ["become nearly black; scale them" in note for note in notes].count(True) == dark
 
 
 @pytest.mark.parametrize("shape", [(SIZE, 3 * SIZE), (3 * SIZE, SIZE), (4 * SIZE, 12 * SIZE), (900, 300)])

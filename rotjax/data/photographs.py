@@ -94,10 +94,10 @@ def _listing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """Makes Pillow's warning of too many pixels an error, and silences those of oddities in files that it reads anyway."""
+    """Silences Pillow's warnings of files that it reads anyway, odd or half as large as what it refuses."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         yield
 
 
@@ -167,8 +167,8 @@ def _pixels(folder: Path, image_size: int, name: str) -> np.ndarray | str:
             return square(image, image_size)
     except UnidentifiedImageError:
         return "not an image that Pillow opens" + ": convert it to JPEG" * (path.suffix.lower() in UNOPENED)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return f"more than {(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels: scale it down"
+    except Image.DecompressionBombError:
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels: scale it down"
     except (OSError, MemoryError) as error:
         _check_lasting(path, error)
         return "not a file" if isinstance(error, FileNotFoundError) else reason(error)
