@@ -39,12 +39,13 @@ class Checkpoints:
 
 
 @contextmanager
-def open_checkpoints(directory: Path, claim: Callable[[], None] = lambda: None) -> Iterator[Checkpoints]:
+def open_checkpoints(directory: str | Path, claim: Callable[[], None] = lambda: None) -> Iterator[Checkpoints]:
     """Opens the checkpoints in `directory`, removing unfinished ones; on exit waits for a save under way.
 
     Nothing is saved or removed once `claim` raises, see `workdirs.claimed`. Raises CheckpointError where nothing can be
     written, or where the last save failed.
     """
+    directory = Path(directory)
     try:
         if processes.primary():
             directory.mkdir(parents=True, exist_ok=True)
@@ -102,18 +103,19 @@ def wait(checkpoints: Checkpoints) -> None:
         pending.result()
 
 
-def restore(directory: Path, step: int, state: TrainState) -> TrainState:
+def restore(directory: str | Path, step: int, state: TrainState) -> TrainState:
     """The state saved at `step`, with the shapes and shardings of `state`."""
     parts = load_parts(directory, step, _parts(state))
     rest = parts.pop("optimizer")
     return TrainState(variables=joined(parts), **rest)
 
 
-def newest(directory: Path) -> int | None:
+def newest(directory: str | Path) -> int | None:
     """Step of the newest valid checkpoint, None if there never was one; warns of damaged ones.
 
     Raises CheckpointError where every one is damaged.
     """
+    directory = Path(directory)
     names = {path.name for path in directory.glob("*")}
     strays = [name for name in sorted(names) if name.isdigit() and not names & {f"{name}.json", f"{name}.unfinished"}]
     if strays:
@@ -129,7 +131,7 @@ def newest(directory: Path) -> int | None:
     return None
 
 
-def latest_step(directory: Path) -> int:
+def latest_step(directory: str | Path) -> int:
     """Step of the newest valid checkpoint in `directory`; CheckpointError if there is none."""
     try:
         step = newest(directory)
@@ -140,11 +142,11 @@ def latest_step(directory: Path) -> int:
     return step
 
 
-def load_parts(directory: Path, step: int, abstract: dict) -> dict:
+def load_parts(directory: str | Path, step: int, abstract: dict) -> dict:
     """The parts named in `abstract`, with its shapes and shardings; CheckpointError for a mismatch, NaN or infinity."""
     try:
         wanted = jax.tree.map(lambda leaf: _Abstract(leaf.shape, leaf.sharding), abstract)
-        parts = ocp.load_checkpointables(_absolute(directory / str(step)), wanted)
+        parts = ocp.load_checkpointables(_absolute(Path(directory) / str(step)), wanted)
     except Exception as error:  # of Orbax, TensorStore, json: whatever odd content leads to
         cause: BaseException | None = error
         while cause := cause.__cause__ or cause.__context__:

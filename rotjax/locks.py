@@ -1,5 +1,6 @@
 """A lock file that names the process holding it."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 from rotjax.errors import InUseError
 
 log = logging.getLogger(__name__)
+
+LOCKLESS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what flock says on Lustre, or NFS, that was mounted without
 
 
 @contextmanager
@@ -32,6 +35,11 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[Callable[[]
                     raise InUseError(f"{busy}; wait for it") from None
                 log.info(f"{busy}; waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in LOCKLESS:
+                    raise
+                log.warning(f"there are no locks on the disk of {path.parent}; see to it that nothing else uses {what}")
+                file.truncate(0)
             if not leads_to(path, file.fileno()):
                 continue  # whoever held it was done and has removed it
             file.seek(0)

@@ -21,6 +21,8 @@ from rotjax.transfer import joined, part
 
 log = logging.getLogger(__name__)
 
+IMAGES = ("image_size", "flip")  # fields that a run decides for itself, although it starts from another
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -84,15 +86,19 @@ def plan(
         if recipe.image_size not in (None, data.image_size):
             raise UsageError(f"--image_size={recipe.image_size} contradicts data of {data.image_size} px; leave it out")
         recipe = dataclasses.replace(recipe, dataset=data.name, image_size=data.image_size)
-    donor, step = None, 0
+    donor = source = None
+    step = 0
     if isinstance(recipe, Classification) and recipe.pretrained is not None:
-        donor = Path(recipe.pretrained)
-        recipe, step = _inherit(recipe, donor)
-    recipe = recipe.resolved()
+        donor = Path(recipe.pretrained).expanduser()
+        source = workdirs.read_recipe(donor)
+        recipe, step = _inherit(recipe, source, donor)
+    given, recipe = recipe, recipe.resolved()
     check(recipe)
+    if source:
+        _tell_apart(given, recipe, source)
     check_batch(recipe.batch_size, data_mesh().size)
     if workdir is not None:
-        workdirs.check_vacant(Path(workdir), recipe)
+        workdirs.check_vacant(Path(workdir).expanduser(), recipe)
     backbone = _load_parts(recipe, donor, step, "backbone")["backbone"] if donor else None
     if data is None:
         data = sources.load(
@@ -119,7 +125,7 @@ def load(workdir: str | Path) -> tuple[Classifier, dict, Recipe]:
 
     All processes must call this.
     """
-    workdir = Path(workdir)
+    workdir = Path(workdir).expanduser()
     recipe = workdirs.read_recipe(workdir)
     step = _newest(workdir)
     return recipe.model(), joined(_load_parts(recipe, workdir, step, "backbone", "head")), recipe
@@ -133,9 +139,8 @@ def _newest(workdir: Path, then: str = "") -> int:
     return step
 
 
-def _inherit(recipe: Classification, donor: Path) -> tuple[Classification, int]:
-    """The recipe with the network of the run in `donor`, which it names by run and step, and that step."""
-    source = workdirs.read_recipe(donor)
+def _inherit(recipe: Classification, source: Recipe, donor: Path) -> tuple[Classification, int]:
+    """The recipe with the network of the run `source` in `donor`, which it names by run and step, and that step."""
     step = _newest(donor, then=", and this run, if it is stopped, resumes only while that is the newest")
     inherited = {name: getattr(source, name) for name in NETWORK}
     for name, value in inherited.items():
@@ -146,11 +151,19 @@ def _inherit(recipe: Classification, donor: Path) -> tuple[Classification, int]:
     return dataclasses.replace(recipe, **inherited, pretrained=f"{source.name}@{step}"), step
 
 
+def _tell_apart(given: Recipe, recipe: Recipe, source: Recipe) -> None:
+    """Says where defaults, not what was `given`, make the images of `recipe` others than those of its `source`."""
+    names = [name for name in IMAGES if getattr(given, name) is None and getattr(recipe, name) != getattr(source, name)]
+    if names:
+        here, there = (", ".join(f"{name} {getattr(one, name)}" for name in names) for one in (recipe, source))
+        log.info(f"images have {here} by default, in the pretrained run they have {there}")
+
+
 def _classes(recipe: Classification, data: Dataset) -> tuple[Classification, Dataset]:
     """The recipe with the classes of `data`, and of `data` the subset that the recipe asks for."""
     check_classes(recipe.dataset, data.classes)
     if recipe.subset:
-        rows = sources.subset(data.train["label"], recipe.subset, recipe.seed)
+        rows = sources.subset(data.train["label"], recipe.subset, recipe.seed, data.classes)
         data = dataclasses.replace(data, train={key: value[rows] for key, value in data.train.items()})
     return dataclasses.replace(recipe, classes=data.classes), data
 

@@ -9,6 +9,7 @@ from rotjax.errors import CheckpointError, UsageError
 from rotjax.recipe import JOBS, Recipe, check
 
 SCHEMA = 1
+MOST = 4  # fields in a line
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
@@ -38,6 +39,8 @@ def from_json(values: dict[str, Any], where: str) -> Recipe:
 
 
 def differences(saved: Recipe, asked: Recipe) -> str:
-    """`field saved -> asked` for each field that differs, in one line."""
+    """`field saved -> asked` for each field that differs, in one line; of another job, or many, the first say enough."""
     old, new = to_json(saved), to_json(asked)
-    return ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in old | new if old.get(k) != new.get(k))
+    odd = [f"{k} {old.get(k)} -> {new.get(k)}" for k in old | new if old.get(k) != new.get(k)]
+    told = odd[: 1 if saved.job != asked.job else MOST]
+    return ", ".join(told) + f" and {len(odd) - len(told)} more" * (len(odd) > len(told))

@@ -56,7 +56,7 @@ def train(
     range, a workdir of another recipe or processes that differ, DataError for a workdir of other data, InUseError where
     another process uses it, NonFiniteError, CheckpointError, FellowError where another process of this run failed.
     """
-    began, workdir, recipe, mesh = time.perf_counter(), Path(workdir), plan.recipe, data_mesh()
+    began, workdir, recipe, mesh = time.perf_counter(), Path(workdir).expanduser(), plan.recipe, data_mesh()
     check_cadence(log_steps, checkpoint_seconds)
     feed = feeds.choose(plan, augment, steps_per_dispatch, threads)
     _check_alike(plan, feed, log_steps)

@@ -145,7 +145,7 @@ def eval_step(model: nn.Module, mesh: Mesh | None = None, *, make: Make = sent) 
 
 
 def evaluate(step: Callable[[dict, dict], dict[str, jax.Array]], variables: dict, batches: Iterable[dict]) -> Row:
-    """`loss` and `accuracy` over all images, and the `confusion` matrix i64 `[true, predicted]`.
+    """`loss` and `accuracy` over all images by their weights, and the `confusion` matrix i64 `[true, predicted]`, rounded.
 
     Raises ValueError without a batch, or an image of weight whose label is below the number of logits.
     """
@@ -153,13 +153,13 @@ def evaluate(step: Callable[[dict, dict], dict[str, jax.Array]], variables: dict
     if (first := next(results, None)) is None:
         raise ValueError("there is no batch to evaluate on; give one, of an iterator that is not used up")
     sums = reduce(add, results, first)
-    confusion = np.asarray(sums["confusion"]).astype(np.int64)
-    if not (count := int(confusion.sum())):
+    confusion = np.asarray(sums["confusion"], np.float64)
+    if not (count := float(confusion.sum())):
         raise ValueError("no image has a label below the number of logits; give the classes that the network has")
     return {
         "loss": float(sums["loss"]) / count,
-        "accuracy": int(np.trace(confusion)) / count,
-        "confusion": confusion,
+        "accuracy": float(np.trace(confusion)) / count,
+        "confusion": np.rint(confusion).astype(np.int64),
     }
 
 
@@ -191,7 +191,8 @@ def fit(
     batch, metrics = next(batches, None) if number < steps else None, {}
     while batch is not None:
         if number % epoch_steps == 0:
-            state = dataclasses.replace(state, sums=jax.jit(no_sums, out_shardings=state.step.sharding)())
+            zeros = jax.jit(no_sums, out_shardings=getattr(state.step, "sharding", None))()  # none: arrays of NumPy
+            state = dataclasses.replace(state, sums=zeros)
         earlier, (state, metrics) = metrics, step(state, batch)
         before, number = number, number + metrics["loss"].size
         batch = next(batches, None) if number < steps else None  # now, while the devices work, before they are waited for

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from rotjax.data import sources
 from rotjax.data.augmentation import VERSION
 from rotjax.data.dataset import Dataset
 from rotjax.errors import CheckpointError, DataError, UsageError, reason
@@ -48,7 +49,8 @@ def read_summary(workdir: Path) -> dict:
 def check_vacant(workdir: Path, recipe: Recipe) -> None:
     """Raises UsageError for a folder of another recipe or of something else, CheckpointError for one that cannot be read.
 
-    Classes, where `recipe` does not know them yet, are not compared.
+    A folder of images may have moved, as to a node's own disk, if it has its name still. Classes, where `recipe` does not
+    know them yet, are not compared.
     """
     try:
         names = os.listdir(workdir)
@@ -62,11 +64,18 @@ def check_vacant(workdir: Path, recipe: Recipe) -> None:
         raise UsageError(f"--workdir={workdir} cannot be one ({reason(error)}); name another workdir") from error
     if "recipe.json" in names:
         saved = read_recipe(workdir)
-        asked = dataclasses.replace(recipe, classes=recipe.classes or saved.classes)
+        moved = _is_moved(saved.dataset, recipe.dataset)  # whether its images are the same, `data.json` tells
+        dataset = saved.dataset if moved else recipe.dataset
+        asked = dataclasses.replace(recipe, classes=recipe.classes or saved.classes, dataset=dataset)
         if odd := differences(saved, asked):
             raise UsageError(f"{workdir} holds another run ({odd}); name another workdir")
     elif set(names) - {".lock", "recipe.json.partial"}:
         raise UsageError(f"{workdir} is not empty and holds no run; name another workdir")
+
+
+def _is_moved(before: str, now: str) -> bool:
+    """Whether the data set `now` may be the folder of images `before` in another place."""
+    return sources.is_path(now) and before not in sources.OURS and Path(before).name == Path(now).name
 
 
 @contextmanager

@@ -210,6 +210,24 @@ def test_classes_need_labels(images):
         batches.train_batches(images | {"label": images["label"] - 1}, tasks.classify, 8, 1, seed=0)
 
 
+@pytest.mark.parametrize("make", [partial(batches.train_batches, steps=1, seed=0), batches.eval_batches])
+@pytest.mark.parametrize("count", [40, 60])
+def test_each_image_needs_a_label_of_its_own(images, make, count):
+    labels = np.arange(count, dtype=np.int32) % 3
+    with pytest.raises(TypeError, match=rf"48 images have labels of shape \[{count}\]; give each image its own"):
+        make(images | {"label": labels}, tasks.classify, 8)
+
+
+def test_seeds_and_sizes_out_of_range_are_refused_before_a_batch_is_made(images):
+    for seed in (-1, 2**32):
+        with pytest.raises(UsageError, match=f"--seed={seed} is out of range"):
+            batches.train_batches(images, tasks.classify, 8, 1, seed=seed)
+        with pytest.raises(UsageError, match=f"--seed={seed} is out of range"):
+            batches.eval_batches(images, tasks.classify, 8, seed=seed)
+    with pytest.raises(UsageError, match="--batch_size=0 is too small"):
+        batches.eval_batches(images, tasks.classify, 0)
+
+
 def test_subsets_are_stratified_seeded_and_nested(images):
     five, ten = (sources.subset(images["label"], k, seed=1) for k in (5, 10))
     np.testing.assert_array_equal(np.bincount(images["label"][ten]), [10, 10, 10])
@@ -217,3 +235,5 @@ def test_subsets_are_stratified_seeded_and_nested(images):
     assert set(five) != set(sources.subset(images["label"], 5, seed=2))
     with pytest.raises(UsageError, match="--subset=17 is more than the 16 images"):
         sources.subset(images["label"], 17, seed=1)
+    with pytest.raises(UsageError, match="16 images of class cats; use at most that"):
+        sources.subset(images["label"], 17, seed=1, classes=("cats", "dogs", "apes"))

@@ -51,6 +51,12 @@ def files(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def test_the_folder_may_be_a_string(tmp_path):
+    folder = str(tmp_path / "checkpoints")
+    equal(restored(saved(folder, 3)), state(3, 3))
+    assert checkpoints.latest_step(folder) == 3
+
+
 def test_C12_the_newest_two_are_kept_and_the_newest_restored(tmp_path, notes):
     saved(tmp_path, 1, 2, 30)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "2.json", "30", "30.json"]

@@ -1,6 +1,8 @@
 """Runs on disk: exact resume, transfer between workdirs, and what is refused."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -18,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import rotjax
 from experiments import command
+from rotjax import locks
 from rotjax.errors import CheckpointError, DataError, InUseError, Stopped, UsageError
 
 SMALL = dict(stem="cifar", width=4, batch_size=8, epochs=2, seed=1)
@@ -406,7 +410,7 @@ def test_the_mean_and_std_of_the_pixels_travel_with_the_backbone(data, tmp_path)
         (dict(backbone="densenet121"), UsageError, "--backbone=densenet121 contradicts .* resnet18; leave --backbone out"),
         (dict(stem="imagenet"), UsageError, "--stem=imagenet contradicts .* cifar"),
         (dict(batch_size=49), UsageError, "batch_size=49 is larger than the training set of 48"),
-        (dict(subset=99), UsageError, "--subset=99 is more than the 16 images"),
+        (dict(subset=99), UsageError, "--subset=99 is more than the 16 images of class a; use"),
         (dict(subset=2), UsageError, "batch_size=8 is larger than the training set of 6"),
         (dict(learning_rate=float("nan")), UsageError, "--learning_rate=nan"),
         (dict(image_size=16), UsageError, "--image_size=16 contradicts data of 8 px; leave it out"),
@@ -610,6 +614,67 @@ def test_C7_each_field_of_another_recipe_is_named(data, tmp_path, field):
     asked = dataclasses.replace(recipe, **{field: CHANGES[field]})
     with pytest.raises(UsageError, match=rf"holds another run \({field} [^,]*.* -> [^,]*.*\); name another workdir"):
         rotjax.workdirs.check_vacant(tmp_path, asked)
+
+
+def test_C7_a_folder_of_images_may_have_moved_and_other_images_are_refused(tmp_path, notes):
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        path = tmp_path / "one" / "photos" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+    for name in ("two/photos", "three/photos", "one/others"):
+        shutil.copytree(path.parent, tmp_path / name)
+    Image.new("RGB", (8, 8)).save(tmp_path / "three" / "photos" / "3.png")
+
+    def run(name):
+        recipe = rotjax.Rotation(dataset=str(tmp_path / name), image_size=8, max_steps=1, **SMALL)
+        return list(rotjax.train(rotjax.plan(recipe, workdir=tmp_path / "run"), tmp_path / "run"))
+
+    assert run("one/photos") != []
+    shutil.rmtree(tmp_path / "one" / "photos")
+    assert run("two/photos") == [] and "already complete at step 1" in notes
+    with pytest.raises(DataError, match=r"was started on other data \(other images\)"):
+        run("three/photos")
+    with pytest.raises(UsageError, match=r"holds another run \(dataset .*one/photos -> .*one/others\)"):
+        run("one/others")
+
+
+def test_what_defaults_make_of_the_images_other_than_in_the_pretrained_run_is_told(pretrained, data, notes):
+    recipe = rotjax.Classification(pretrained=str(pretrained), batch_size=8)
+    rotjax.plan(recipe, data=data)
+    assert not any("by default" in note for note in notes)
+    images, labels = np.zeros((8, 32, 32, 3), np.uint8), np.arange(8, dtype=np.int32) % 2
+    digits = rotjax.Dataset("digits", ("a", "b"), {"image": images, "label": labels}, {"image": images, "label": labels})
+    rotjax.plan(recipe, data=digits)
+    assert "images have flip False by default, in the pretrained run they have flip True" in notes
+    rotjax.plan(dataclasses.replace(recipe, flip=False), data=digits)
+    assert len([note for note in notes if "by default" in note]) == 1
+
+
+def test_a_workdir_may_be_below_the_home_folder(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    carry_out(rotjax.Rotation(max_steps=1, **SMALL), data, "~/runs/one")
+    assert rotjax.load("~/runs/one")[2].job == "rotation" and not (tmp_path / "~").exists()
+    recipe = rotjax.Classification(pretrained="~/runs/one", batch_size=8)
+    assert rotjax.plan(recipe, data=data).backbone is not None
+    with pytest.raises(UsageError, match=r"one holds another run \(job rotation -> classification and \d more\); name"):
+        rotjax.plan(recipe, data=data, workdir="~/runs/one")
+
+
+def test_a_disk_without_locks_is_told_and_used(tmp_path, monkeypatch, notes):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = tmp_path / "run.lock"
+    with locks.locked(path, "the run") as ours:
+        assert ours() and f"process {os.getpid()}" in path.read_text()
+        with locks.locked(path, "the run"):
+            pass
+        assert not ours()
+    (line, _) = notes
+    assert line == f"there are no locks on the disk of {tmp_path}; see to it that nothing else uses the run"
 
 
 def test_F2_a_folder_of_something_else_is_refused(data, tmp_path):

@@ -196,6 +196,10 @@ def test_evaluation_counts_every_image_once_whatever_the_batch_size(images):
         assert result["loss"] == pytest.approx(loss, rel=1e-5)
         assert result["accuracy"] == pytest.approx(np.trace(confusion) / 48)
         np.testing.assert_array_equal(result["confusion"], confusion)
+    halves = images | {"weight": np.full(48, 0.5, np.float32)}
+    weighted = training.evaluate(step, variables, [halves])
+    assert weighted["loss"] == pytest.approx(loss, rel=1e-5)
+    assert weighted["accuracy"] == pytest.approx(np.trace(confusion) / 48)
     with pytest.raises(ValueError, match="no batch to evaluate on"):
         training.evaluate(step, variables, iter(()))
     given = images | {"label": images["label"] + 3, "weight": np.ones(48, np.float32)}
@@ -235,6 +239,18 @@ def test_rows_come_at_log_steps_and_ends_of_epochs():
         (2, 1, False), (3, 1, True), (4, 2, False), (6, 2, False), (6, 2, True), (7, 3, True)
     ]  # fmt: skip
     assert int(last.step) == 7 and int(last.sums["count"]) == 16
+
+
+def test_training_goes_on_from_a_state_of_numpys_arrays():
+    model, optimizer = small(), rotjax.adamw(1e-3)
+    state = init_state(optimizer, init_variables(model, 0, 8))
+    step, given = training.train_step(model, optimizer), [batch(seed=t) for t in range(2)]
+
+    def trained(state):
+        *_, (last, rows) = rotjax.fit(step, state, rotjax.place(given), steps=2, epoch_steps=1)
+        return last.variables, rows
+
+    jax.tree.map(np.testing.assert_array_equal, trained(jax.device_get(state)), trained(state))
 
 
 def test_batches_that_end_before_the_last_step_are_an_error():

@@ -28,8 +28,8 @@ def train_batches(
 ) -> Batches:
     """A Grain dataset of `steps` training batches: the `train_view` of each of `train_picks`.
 
-    Rotations need no labels. Raises TypeError for pixels that are not uint8 or labels that are missing, UsageError for
-    negative labels to classify by; see `train_picks`.
+    Rotations need no labels. Raises TypeError for pixels that are not uint8 or labels that are missing or more or fewer,
+    UsageError for negative labels to classify by; see `train_picks`.
     """
     picks = train_picks(len(data["image"]), batch_size, steps, seed=seed, share=share)
     return viewed(_checked(data, task), picks, partial(train_view, task=task, flip=flip, cutout=cutout))
@@ -40,9 +40,10 @@ def train_picks(count: int, batch_size: int, steps: int, *, seed: int, share: sl
 
     The images are reshuffled on every pass (epoch) over the data; batches may straddle passes. `share` is the slice of each
     global batch to return, by default the one that this process passes to `place`. Raises UsageError where a batch is
-    larger than the data.
+    larger than the data, or for a seed that is not of 32 bits.
     """
     check_fits(batch_size, count)
+    _check_seed(seed)
     share = _own(batch_size) if share is None else share
     order = lru_cache(maxsize=2)(partial(_order, seed, count))
 
@@ -73,7 +74,13 @@ def eval_batches(
 
 
 def eval_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: slice | None = None) -> Batches:
-    """The picks for `eval_view`: each of `count` images once, in order; the last batch is padded with `weight` 0."""
+    """The picks for `eval_view`: each of `count` images once, in order; the last batch is padded with `weight` 0.
+
+    Raises UsageError for a batch size or a seed out of range.
+    """
+    if batch_size < 1:
+        raise UsageError(f"--batch_size={batch_size} is too small; it is at least 1")
+    _check_seed(seed)
     share = _own(batch_size) if share is None else share
 
     def pick(number: int) -> Arrays:
@@ -82,6 +89,11 @@ def eval_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: sli
         return _pick(seed, np.full_like(index, epoch), np.minimum(index, count - 1)) | {"weight": weight}
 
     return grain.MapDataset.range(-(-count // batch_size)).map(pick)
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"--seed={seed} is out of range; it is at least 0 and below {2**32:,}")
 
 
 def viewed(data: Arrays, picks: Batches, view: Callable[[Arrays, Arrays], Arrays]) -> Batches:
@@ -93,6 +105,10 @@ def _checked(data: Arrays, task: tasks.Task) -> Arrays:
     """`data`, with placeholder labels if it has none and `task` needs none."""
     check_pixels(data["image"])
     if "label" in data:
+        if np.shape(data["label"]) != (count := len(data["image"]),):
+            raise TypeError(
+                f"{count:,} images have labels of shape {list(np.shape(data['label']))}; give each image its own"
+            )
         if task is tasks.classify and np.min(data["label"], initial=0) < 0:
             raise UsageError("there are labels below 0, of images without a class; leave these out, or give another task")
         return data

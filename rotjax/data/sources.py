@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL import Image
 from rotjax.data import photographs
 from rotjax.data.dataset import Dataset, held_out
 from rotjax.data.decoded import IN_MEMORY
+from rotjax.data.folders import shown
 from rotjax.data.pixels import square
 from rotjax.errors import UsageError, in_bytes
 
@@ -55,17 +56,18 @@ def load(
     return prepared.load(name, image_size, data_dir, progress, batch_size, labelled)
 
 
-def subset(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+def subset(labels: np.ndarray, per_class: int, seed: int, classes: Sequence[str] = ()) -> np.ndarray:
     """Indices of `per_class` images of each class, drawn by `seed`, in ascending order; smaller draws lie in larger ones.
 
-    Raises UsageError where a class has fewer.
+    Raises UsageError where a class has fewer, by its name if `classes` are given.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels))
     kinds, counts = np.unique(labels, return_counts=True)
     if counts.min() < per_class:
         least = kinds[counts.argmin()]
-        raise UsageError(f"--subset={per_class} is more than the {counts.min()} images of class {least}; use at most that")
+        few = f"the {counts.min()} images of class {shown(classes[least]) if classes else least}"
+        raise UsageError(f"--subset={per_class} is more than {few}; use at most that")
     return np.sort(np.concatenate([order[labels[order] == kind][:per_class] for kind in kinds]))
 
 

@@ -34,6 +34,7 @@ def create(
 ) -> Classifier:
     """The classifier `name` of `BACKBONES`; `width` is the stem's, 64 in the published networks.
 
+    Its derivatives are reverse-mode: for the product of a Hessian and a vector, the gradient of a gradient.
     Raises UsageError for a name, a stem or a prefix in `held` that does not exist.
     """
     if name not in BACKBONES:
