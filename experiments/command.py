@@ -146,7 +146,7 @@ def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
             others = presets.DATASETS | {"strong": strong, "sgd": presets.SGD}
             words = [str(report[name])] if name in report else []
             words += [f"{other} {own[name]}" for other, own in others.items() if name in own]
-            words += ["the pretrained network's"] if name in NETWORK and kind is rotjax.Classification else []
+            words += ["the pretrained network's"] if name in NETWORK else []
             annotations[name] = Annotated[hint | None, default("; ".join(words))]
     body: dict[str, Any] = {name: getattr(kind, name) for name in annotations}
     body |= {"__annotations__": annotations, "__doc__": "What is trained: the same recipe gives the same weights."}
@@ -166,6 +166,9 @@ def guarded(job, resumes: bool = True, smaller: str = SMALLER) -> int:
         return _failed(Stopped(f"stopped; the same command {'resumes' if resumes else 'begins anew'}"))
     except RotjaxError as error:
         return _failed(error)
+    except BrokenPipeError:  # as of `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -88,7 +88,7 @@ def plan(
         recipe = dataclasses.replace(recipe, dataset=data.name, image_size=data.image_size)
     donor = source = None
     step = 0
-    if isinstance(recipe, Classification) and recipe.pretrained is not None:
+    if recipe.pretrained is not None:
         donor = Path(recipe.pretrained).expanduser()
         source = workdirs.read_recipe(donor)
         recipe, step = _inherit(recipe, source, donor)
@@ -139,7 +139,7 @@ def _newest(workdir: Path, then: str = "") -> int:
     return step
 
 
-def _inherit(recipe: Classification, source: Recipe, donor: Path) -> tuple[Classification, int]:
+def _inherit(recipe: Recipe, source: Recipe, donor: Path) -> tuple[Recipe, int]:
     """The recipe with the network of the run `source` in `donor`, which it names by run and step, and that step."""
     step = _newest(donor, then=", and this run, if it is stopped, resumes only while that is the newest")
     inherited = {name: getattr(source, name) for name in NETWORK}

@@ -39,6 +39,8 @@ class Recipe:
     """Network."""
     dataset: str = "cifar10"
     """cifar10, imagenette, digits (needs no download), another TFDS image set, or a folder of images."""
+    pretrained: str | None = None
+    """Workdir of the run to start from, which provides backbone (with its stem and width), mean and std; the head is new."""
     stem: StemName = DEFERRED
     """First layers: imagenet (7x7 stride 2 and max-pool, the report's) or cifar (3x3, for small images)."""
     image_size: int = DEFERRED
@@ -184,8 +186,6 @@ class Rotation(Recipe):
 class Classification(Recipe):
     """Train a classifier, from a pretrained backbone or from scratch (report, rows 2 to 6)."""
 
-    pretrained: str | None = None
-    """Workdir of the run that provides backbone (with its stem and width), mean and std; if not given, from scratch."""
     trainable: optim.Trainable = "all"
     """What trains: all, last_block (stage 4 and the head) or head."""
     frozen_statistics: Literal["held", "moving"] = "held"

@@ -25,7 +25,6 @@ from rotjax.feed import Feed, Stream, Where
 from rotjax.models import Classifier
 from rotjax.parallel import data_mesh, place, split
 from rotjax.planning import Plan
-from rotjax.recipe import Classification
 from rotjax.recipe_json import to_json
 from rotjax.state import TrainState, init_state, init_variables
 from rotjax.transfer import graft
@@ -173,7 +172,7 @@ def _build(plan: Plan) -> tuple[Classifier, optax.GradientTransformation, TrainS
     recipe = plan.recipe
     model = recipe.model()
     variables = init_variables(model, recipe.seed, recipe.image_size)
-    if isinstance(recipe, Classification) and plan.backbone is not None:
+    if plan.backbone is not None:
         variables = graft(variables, "backbone", plan.backbone)
         log.info(
             f"taken from {recipe.pretrained}: the backbone, {len(jax.tree.leaves(plan.backbone))} arrays; new: the head"

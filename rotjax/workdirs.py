@@ -147,7 +147,7 @@ def _same_start(path: Path, data: Dataset, backbone: dict | None) -> None:
         streams = f"stream {before['stream']}, here {VERSION}"
         raise DataError(f"{path.parent} was started by a rotjax that draws other crops ({streams}); finish it with that one")
     if "backbone" in odd:  # the name of a run, its recipe's, is that of every training of it
-        other = f"{path.parent} was fine-tuned from another training of the pretrained run"
+        other = f"{path.parent} was started from another training of the pretrained run"
         raise UsageError(f"{other}; bring that back, or name another workdir")
     if odd:
         changes = ", ".join(f"{key} {before[key]} -> {facts[key]}" for key in odd if key != "sample") or "other images"

@@ -336,6 +336,18 @@ def test_help_says_the_defaults_of_the_presets_and_of_the_data_sets(call):
     assert "None" not in out and "--classes" not in out
 
 
+def test_a_reader_of_the_help_may_go(tmp_path):
+    words = [sys.executable, "-m", "experiments.rotation", "--help"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_a_run_of_few_steps_is_told(images, notes):
     data, recipe = (
         rotjax.Dataset("pets", ("a", "b", "c"), images, images),

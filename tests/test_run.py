@@ -215,7 +215,7 @@ def test_D6_a_classifier_does_not_go_on_from_another_training_of_its_pretrained_
     again = dataclasses.replace(plan, backbone=jax.tree.map(lambda x: x + 1e-3, plan.backbone))
     list(rotjax.train(plan, tmp_path / "run"))
     before = {path: path.read_bytes() for path in tmp_path.glob("run/*.json*")}
-    with pytest.raises(UsageError, match="run was fine-tuned from another training of the pretrained run; bring that back"):
+    with pytest.raises(UsageError, match="run was started from another training of the pretrained run; bring that back"):
         list(rotjax.train(again, tmp_path / "run"))
     assert before == {path: path.read_bytes() for path in tmp_path.glob("run/*.json*")}
     facts = json.loads((tmp_path / "run" / "data.json").read_text())
@@ -395,6 +395,22 @@ def test_an_epoch_of_a_subset_has_as_many_steps_as_of_the_whole(data, tmp_path):
 def summary_of(plan, workdir):
     list(rotjax.train(plan, workdir / "run"))
     return summary(workdir / "run")
+
+
+def test_pretraining_goes_on_from_an_earlier_run_on_other_images(pretrained, data, tmp_path):
+    others = dataclasses.replace(data, train={key: value[::-1] for key, value in data.train.items()})
+    recipe = rotjax.Rotation(pretrained=str(pretrained), batch_size=8, max_steps=1)
+    plan = rotjax.plan(recipe, data=others)
+    _, variables, source = rotjax.load(pretrained)
+    assert plan.recipe.pretrained == f"{source.name}@12" and plan.recipe.stem == "cifar"
+    begun = rotjax.run._build(plan)[2].variables
+    jax.tree.map(np.testing.assert_array_equal, rotjax.part(begun, "backbone"), rotjax.part(variables, "backbone"))
+    kernels = (rotjax.part(one, "head")["params"]["kernel"] for one in (begun, variables))
+    assert (np.asarray(next(kernels)) != np.asarray(next(kernels))).any()
+    assert carry_out(recipe, others, tmp_path / "on")[-1]["step"] == 1
+    assert carry_out(recipe, others, tmp_path / "on") == []
+    with pytest.raises(UsageError, match="--width=8 contradicts .*, which has 4; leave --width out"):
+        rotjax.plan(dataclasses.replace(recipe, width=8), data=others)
 
 
 def test_the_mean_and_std_of_the_pixels_travel_with_the_backbone(data, tmp_path):
