@@ -20,6 +20,8 @@ from rotjax.locks import leads_to, locked
 from rotjax.recipe import Recipe
 from rotjax.recipe_json import differences, from_json, to_json
 
+LOGS = (".out", ".err", ".log")  # which a cluster, or `> runs/name/run.log`, begins before the run
+
 
 def read_recipe(workdir: Path) -> Recipe:
     """The recipe of the run in `workdir`; raises CheckpointError where there is none."""
@@ -69,7 +71,7 @@ def check_vacant(workdir: Path, recipe: Recipe) -> None:
         asked = dataclasses.replace(recipe, classes=recipe.classes or saved.classes, dataset=dataset)
         if odd := differences(saved, asked):
             raise UsageError(f"{workdir} holds another run ({odd}); name another workdir")
-    elif set(names) - {".lock", "recipe.json.partial"}:
+    elif any(name not in (".lock", "recipe.json.partial") and not name.endswith(LOGS) for name in names):
         raise UsageError(f"{workdir} is not empty and holds no run; name another workdir")
 
 

@@ -693,6 +693,13 @@ def test_a_disk_without_locks_is_told_and_used(tmp_path, monkeypatch, notes):
     assert line == f"there are no locks on the disk of {tmp_path}; see to it that nothing else uses the run"
 
 
+def test_F2_the_log_of_a_cluster_may_lie_in_the_workdir(data, tmp_path):
+    for name in ("slurm-7.out", "run.log"):
+        (tmp_path / name).write_text("begun")
+    assert carry_out(rotjax.Rotation(max_steps=1, **SMALL), data, tmp_path)[-1]["step"] == 1
+    assert (tmp_path / "run.log").read_text() == "begun"
+
+
 def test_F2_a_folder_of_something_else_is_refused(data, tmp_path):
     (tmp_path / "photo.jpg").write_text("precious")
     with pytest.raises(UsageError, match="not empty and holds no run"):
