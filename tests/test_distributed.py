@@ -110,7 +110,7 @@ def pair(start, tmp_path_factory):
 
         def ends():
             for process, _ in started:
-                process.join(timeout=120)
+                process.join(timeout=300)  # of which 35 s are waited for on purpose; a busy machine compiles for minutes
             lines = [log.read_text().splitlines()[-1:] for log in logs]
             return [(process.exitcode, *line) for (process, _), line in zip(started, lines, strict=True)]
 
