@@ -166,8 +166,10 @@ def guarded(job, resumes: bool = True, smaller: str = SMALLER) -> int:
         return _failed(Stopped(f"stopped; the same command {'resumes' if resumes else 'begins anew'}"))
     except RotjaxError as error:
         return _failed(error)
-    except BrokenPipeError:  # as of `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:
+        if not {"-h", "--help"} & set(sys.argv):  # `--help | head`; what else is printed is no error, see `report.say`
+            raise
+        report.mute(sys.stdout)
         return 128 + signal.SIGPIPE
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

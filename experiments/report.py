@@ -43,7 +43,12 @@ def _write(line: str, stream: TextIO | None) -> None:
         tqdm.write(line.encode(encoding, "replace").decode(encoding) + "\n", file=stream, end="")
         stream.flush()
     except OSError:  # as under `| head`, or `| tee` at Ctrl-C: no reason to lose hours of training
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        mute(stream)
+
+
+def mute(stream: TextIO) -> None:
+    """Sends what `stream` still gets nowhere, whose reader has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def shortened(line: str) -> str:

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from rotjax import presets
+from rotjax.data.folders import few
 from rotjax.errors import CheckpointError, UsageError
 from rotjax.recipe import JOBS, Recipe, check
 
@@ -42,5 +43,4 @@ def differences(saved: Recipe, asked: Recipe) -> str:
     """`field saved -> asked` for each field that differs, in one line; of another job, or many, the first say enough."""
     old, new = to_json(saved), to_json(asked)
     odd = [f"{k} {old.get(k)} -> {new.get(k)}" for k in old | new if old.get(k) != new.get(k)]
-    told = odd[: 1 if saved.job != asked.job else MOST]
-    return ", ".join(told) + f" and {len(odd) - len(told)} more" * (len(odd) > len(told))
+    return few(odd, MOST if saved.job == asked.job else 1)

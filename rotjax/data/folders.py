@@ -161,10 +161,10 @@ def formats() -> tuple[str, ...]:
     return tuple(name for name in Image.ID if name not in UNDRAWN)
 
 
-def few(words: Iterable[str]) -> str:
+def few(words: Iterable[str], most: int = MOST) -> str:
     words = list(words)
-    more = f" and {len(words) - MOST:,} more" if len(words) > MOST else ""
-    return ", ".join(words[:MOST]) + more
+    more = f" and {len(words) - most:,} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
 
 
 def shown(words: object) -> str:
