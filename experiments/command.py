@@ -143,7 +143,8 @@ def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
             annotations[name] = Annotated[hint, tyro.conf.Suppress]
         elif getattr(kind, name, 0) is None:
             report, strong = presets.REPORT[kind.job], presets.STRONG[kind.job]
-            others = presets.DATASETS | {"strong": strong, "sgd": presets.SGD}
+            rate = f"{presets.SGD['learning_rate']} for a batch of {presets.SGD_BATCH}"
+            others = presets.DATASETS | {"strong": strong, "sgd": presets.SGD | {"learning_rate": rate}}
             words = [str(report[name])] if name in report else []
             words += [f"{other} {own[name]}" for other, own in others.items() if name in own]
             words += ["the pretrained network's"] if name in NETWORK else []

@@ -54,7 +54,7 @@ class Recipe:
     optimizer: optim.Optimizer = DEFERRED
     """adamw, or sgd with Nesterov's momentum of 0.9."""
     learning_rate: float = DEFERRED
-    """Highest rate of the schedule."""
+    """Highest rate of the schedule; by default sgd's is in proportion to the batch."""
     schedule: Literal["steps", "cosine"] = DEFERRED
     """steps: the learning rate is divided by 10 every decay_epochs; cosine: cosine decay to 0."""
     decay_epochs: int = DEFERRED
@@ -143,8 +143,9 @@ class Recipe:
     def resolved(self) -> Self:
         """Fills None fields from the strong preset if chosen, else from the data set's defaults, else the report preset.
 
-        With SGD its learning rate and weight decay come first. Among other epochs than the default, drops of the rate come
-        after the same share of them; a default warmup is at most half of them.
+        With SGD its weight decay and its learning rate, in proportion to the batch (Goyal et al., 2017), come first. Among
+        other epochs than the default, drops of the rate come after the same share of them; a default warmup is at most half
+        of them.
         """
         values = presets.REPORT[self.job] | presets.of_dataset(self.dataset)
         share = values["decay_epochs"] / values["epochs"]
@@ -152,6 +153,7 @@ class Recipe:
             values |= presets.STRONG[self.job]
         if (self.optimizer or values["optimizer"]) == "sgd":
             values |= presets.SGD
+            values["learning_rate"] *= (self.batch_size or values["batch_size"]) / presets.SGD_BATCH
         epochs = self.epochs or values["epochs"]
         values["decay_epochs"] = max(round(share * epochs), 1)
         values["warmup_epochs"] = min(values["warmup_epochs"], epochs // 2)

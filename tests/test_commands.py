@@ -327,7 +327,7 @@ def test_help_says_the_defaults_of_the_presets_and_of_the_data_sets(call):
     assert code == 0
     for words in (
         "--learning_rate",
-        "0.01; digits 0.001; sgd 0.1",
+        "0.01; digits 0.001; sgd 0.1 for a batch of 128",
         "(default: 45; digits 8; strong 100)",
         "--rotations",
         "--workdir",
