@@ -9,7 +9,7 @@ from rotjax.presets import Preset
 from rotjax.recipe import Classification, Recipe, Rotation
 
 ROWS = ("1", "2a", "2b", "3a", "3b", "4", "5a", "5b", "6a", "6b")
-STRONG = ("S1", "S2a", "S3a", "S3b")  # the tasks of 1 to 3b by today's recipe
+STRONG = ("S1", "S2a", "S3a", "S3b", "S0")  # the tasks of 1 to 3b by today's recipe, and how it was chosen
 
 SUBSETS = {20: 3, 100: 3, 400: 3, 1000: 1}  # images per class, and draws; 5000 are all: rows 2a, 3a and 3b
 WHOLE = 5000
@@ -47,7 +47,7 @@ def shortened(run: Run, steps: int) -> Run:
 def runs(seeds: int = 1, preset: Preset = "report") -> list[Run]:
     """Every run of the report or of today's recipe, after the one that it starts from; rows 1 to 3b for each of `seeds`."""
     if preset == "strong":
-        return list(chain(*map(_strong, range(seeds))))
+        return [*chain(*map(_strong, range(seeds))), *_tuning()]
     first, *others = [_resnet18(seed) for seed in range(seeds)]
     return [*first, *_imagenette(), *_subsets(first[0]), *_densenet(), *_deeper(), *chain(*others)]
 
@@ -122,4 +122,23 @@ def _strong(seed: int) -> list[Run]:
         Run("S2a", "classify, last block and head train, rest from row S1", last, rotations, goal=90.0),
         Run("S3a", "classify, all trains, from row S1", full, rotations, goal=95.5),
         Run("S3b", "classify, all trains, from random weights", full, goal=95.5),
+    ]
+
+
+def _tuning() -> list[Run]:
+    """What chose the strong preset's regularisation, on images held out of the training set."""
+    preset = Classification(preset="strong").resolved()
+    cutouts, smoothings = {"cutout": preset.cutout, "": 0.0}, {"smoothing": preset.label_smoothing, "": 0.0}
+    return [
+        Run(
+            "S0",
+            f"classify held-out training images, 30 epochs from random weights: {' and '.join(kinds) or 'neither'}",
+            Classification(
+                preset="strong", epochs=30, validation=0.1, cutout=cutouts[cut], label_smoothing=smoothings[smooth]
+            ),
+            variant="-".join(kinds) or "neither",
+        )
+        for cut in cutouts
+        for smooth in smoothings
+        for kinds in [[kind for kind in (cut, smooth) if kind]]
     ]

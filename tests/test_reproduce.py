@@ -62,10 +62,21 @@ def test_every_row_of_the_report_is_there_and_starts_from_an_earlier_one():
 def test_the_strong_rows_are_the_tasks_of_the_reports_by_the_strong_preset():
     rows = {run.row: run for run in runs(preset="strong")}
     assert tuple(rows) == STRONG and {run.recipe.preset for run in rows.values()} == {"strong"}
-    assert [run.after and run.after.row for run in rows.values()] == [None, "S1", "S1", None]
-    assert [run.recipe.frozen for run in rows.values()] == [(), optim.FROZEN["last_block"], (), ()]
-    with pytest.raises(UsageError, match="no row '1'; rows are S1, S2a, S3a, S3b,"):
+    assert [run.after and run.after.row for run in rows.values()] == [None, "S1", "S1", None, None]
+    assert [run.recipe.frozen for run in rows.values()] == [(), optim.FROZEN["last_block"], (), (), ()]
+    with pytest.raises(UsageError, match="no row '1'; rows are S1, S2a, S3a, S3b, S0,"):
         reproduce.chosen(list(rows.values()), "1")
+
+
+def test_the_strong_recipe_was_chosen_on_images_held_out_of_the_training_set():
+    """The kind of classifiers' regularisation that is the preset's came out best, as it was committed."""
+    kinds = [run for run in runs(preset="strong") if run.row == "S0"]
+    assert {run.recipe.validation for run in kinds} == {0.1}, "no test image is scored"
+    there = {one.name: one for one in outcomes.load(outcomes.RESULTS)}
+    best = max(kinds, key=lambda run: there[run.name].score)
+    assert {there[run.name].summary["tested_on"] for run in kinds} == {"validation images"}
+    usual = Classification(preset="strong").resolved()
+    assert (best.recipe.cutout, best.recipe.label_smoothing) == (usual.cutout, usual.label_smoothing)
 
 
 def test_the_strong_rows_have_a_table_of_their_own():
