@@ -143,7 +143,6 @@ SLOW = {  # of rows that miss their goal, why, by the first word of the kind of 
     "nvidia": {
         "f-host": "one core makes crops and turns not much faster than they are trained on; a GPU makes them itself by"
         " default (row f-device).",
-        "h": "measured one batch at a time; the commands score four at once, and so does this row from now on.",
         "l-resnet18-128": "a step of few images is hundreds of small kernels, one after the other. PyTorch replays the"
         " forward and the backward ones as CUDA graphs; XLA's graphs end at each convolution.",
         "l-resnet18-512": "the same, at a batch where it matters less.",
