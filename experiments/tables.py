@@ -145,8 +145,8 @@ def _strong(outcomes: Sequence[Outcome]) -> list[str]:
     title = (
         "## Today's recipe\n\nThe tasks of rows 1 to 3b by `python -m experiments.reproduce --preset=strong`: ResNet18\n"
         "with the 3x3 stem, SGD along a cosine, rotations in all four turns a step; the goals are rotjax's own, for the\n"
-        "original pixels. Row S0, which is scored on a tenth of the training images, held out, chose the cutout and the label\n"
-        "smoothing of the classifiers."
+        "original pixels. Row S0, scored on a tenth of the training images that it held out, chose the classifiers' cutout\n"
+        "and label smoothing."
     )
     return [title, table(("row", "what", "goal", "rotjax", "seeds", "device", "minutes"), lines)] if lines else []
 
