@@ -543,7 +543,7 @@ def test_a_run_takes_the_step_of_its_recipe(data, tmp_path):
     given = dict(optimizer="sgd", schedule="cosine", label_smoothing=0.3, cutout=0.5, weight_decay=0.1, max_steps=1)
     plan = rotjax.plan(rotjax.Classification(**SMALL, **given), data=data)
     list(rotjax.train(plan, tmp_path / "run"))
-    model, optimizer = plan.recipe.model(), rotjax.sgd(0.1, weight_decay=0.1)
+    model, optimizer = plan.recipe.model(), rotjax.sgd(0.1 * 8 / 128, weight_decay=0.1)
     state = rotjax.init_state(optimizer, rotjax.init_variables(model, 1, 8))
     batch = rotjax.train_batches(data.train, rotjax.classify, 8, 1, seed=1, cutout=0.5)[0]
     step = rotjax.train_step(model, optimizer, loss=partial(rotjax.cross_entropy, smoothing=0.3))
