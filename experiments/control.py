@@ -8,20 +8,23 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 import rotjax
 from experiments import command, tables
 from experiments.outcomes import RESULTS, accuracy
-from experiments.peers import accelerator, augmented, networks
+from experiments.peers import accelerator, networks, stemmed
 from experiments.report import say
 from experiments.rows import Run, runs
 from rotjax.data import sources
+from rotjax.data.augmentation import GREY
 from rotjax.errors import DataError, UsageError
 from rotjax.files import write_json
+from rotjax.presets import Preset
 from rotjax.recipe import Classification, Rotation
 from rotjax.torchvision import export_weights
 from rotjax.workdirs import read_summary
@@ -56,8 +59,9 @@ def control(
     except ImportError as error:
         raise DataError(f"{error}; the control needs torch and torchvision: pip install torch torchvision") from error
     if (begun := trained.after) and not (workdirs / begun.name / "summary.json").exists():
-        seeds = f" --seeds={begun.recipe.seed + 1}" * bool(begun.recipe.seed)
-        first = f"run python -m experiments.reproduce --only={begun.name}{seeds} --workdirs={workdirs} first"
+        flags = f" --preset={begun.recipe.preset}" * (begun.recipe.preset != "report")
+        flags += f" --seeds={begun.recipe.seed + 1}" * bool(begun.recipe.seed)
+        first = f"run python -m experiments.reproduce --only={begun.name}{flags} --workdirs={workdirs} first"
         raise UsageError(f"{run} starts from {begun.name}, which is not complete there; {first}")
     folder = command.made(results / "controls")
     recipe = trained.recipe.resolved()
@@ -76,15 +80,18 @@ def control(
 
 def named(name: str) -> Run:
     """The run `name`; UsageError where there is none, or `train` would train another."""
-    run = next((run for run in runs(seeds=3) if run.name == name), None)
+    run = next((run for preset in get_args(Preset) for run in runs(3, preset) if run.name == name), None)
     if run is None:
-        raise UsageError(f"--run={name} is none; see python -m experiments.reproduce --list --seeds=3")
-    if isinstance(run.recipe, Classification) and (run.recipe.subset or run.recipe.held):
-        raise UsageError(f"--run={name}: the control knows neither subsets nor held statistics; name another run")
+        raise UsageError(f"--run={name} is none; see python -m experiments.reproduce --list --seeds=3, with --preset=strong")
+    recipe = run.recipe
+    if recipe.validation or (isinstance(recipe, Classification) and (recipe.subset or recipe.held)):
+        raise UsageError(
+            f"--run={name}: the control knows no subsets, no validation and no statistics held; name another run"
+        )
     return run
 
 
-def train(run: Run, data: rotjax.Dataset, workdirs: Path):
+def train(run: Run, data: rotjax.Dataset, workdirs: Path) -> Iterator[dict[str, Any]]:
     """Yields a row per epoch; at the end of rotations' `test_accuracy` is on all four turns."""
     import torch
 
@@ -92,44 +99,87 @@ def train(run: Run, data: rotjax.Dataset, workdirs: Path):
     turning, count = isinstance(recipe, Rotation), len(data.train["label"])
     device = accelerator()
     torch.manual_seed(recipe.seed)
+    torch.backends.cudnn.benchmark = True
     rng = np.random.default_rng(recipe.seed)
     model = _model(run, 4 if turning else len(data.classes), workdirs).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, recipe.decay_epochs, 0.1)
-    mean, std = (255 * np.array(values, np.float32) for values in (recipe.mean, recipe.std))
+    loss = torch.nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+    optimizer, schedule = _optimizer(recipe, model.parameters(), count // recipe.batch_size)
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (recipe.mean, recipe.std))
 
-    def tensor(images: np.ndarray) -> Any:
-        planes = np.ascontiguousarray(((images - mean) / std).transpose(0, 3, 1, 2))
-        return torch.from_numpy(planes).to(device, memory_format=torch.channels_last)
+    def logits(images: np.ndarray) -> Any:
+        planes = torch.from_numpy(np.ascontiguousarray(images)).to(device, memory_format=torch.channels_last)
+        with torch.autocast(device, getattr(torch, recipe.dtype), enabled=recipe.dtype != "float32"):
+            return model((planes - mean) / std).float()
 
-    def test(turns: tuple[int, ...]) -> float:
+    def test(turns: Sequence[int]) -> float:
         model.eval()
         right = 0
         with torch.no_grad():
             for at in range(0, len(data.test["label"]), 500):
                 images, labels = (data.test[key][at : at + 500] for key in ("image", "label"))
                 for turn in turns:
-                    predicted = model(tensor(np.rot90(images, turn, (1, 2)))).argmax(1).cpu().numpy()
+                    predicted = logits(np.rot90(images.transpose(0, 3, 1, 2), turn, (2, 3))).argmax(1).cpu().numpy()
                     right += (predicted == (turn if turning else labels)).sum()
         return right / len(data.test["label"]) / len(turns)
 
     for epoch in range(1, recipe.epochs + 1):
         model.train()
-        order, correct = rng.permutation(count)[: count // recipe.batch_size * recipe.batch_size], 0
+        order = rng.permutation(count)[: count // recipe.batch_size * recipe.batch_size]
+        correct, views = torch.zeros((), device=device), 0
         for index in order.reshape(-1, recipe.batch_size):
-            images = np.stack([augmented(data.train["image"][i], rng) for i in index])
-            labels = data.train["label"][index].astype(np.int64)
+            images, labels = _augmented(data.train["image"][index], rng, recipe), data.train["label"][index].astype(np.int64)
             if turning:
-                labels = rng.integers(0, 4, len(index))
-                images = np.stack([np.rot90(image, turn) for image, turn in zip(images, labels, strict=True)])
+                images, labels = _turned(images, rng, recipe)
             optimizer.zero_grad()
-            logits, target = model(tensor(images)), torch.from_numpy(labels).to(device)
-            torch.nn.functional.cross_entropy(logits, target).backward()
+            scores, target = logits(images), torch.from_numpy(labels).to(device)
+            loss(scores, target).backward()
             optimizer.step()
-            correct += (logits.argmax(1) == target).sum().item()
-        schedule.step()
-        turns = tuple(range(4)) if turning else (0,)
-        yield {"epoch": epoch, "train_accuracy": correct / len(order), "test_accuracy": test(turns)}
+            schedule.step()
+            correct, views = correct + (scores.argmax(1) == target).sum(), views + len(labels)
+        turns = range(4) if turning else (0,)
+        yield {"epoch": epoch, "train_accuracy": correct.item() / views, "test_accuracy": test(turns)}
+
+
+def _optimizer(recipe: Any, parameters: Iterable, steps: int) -> tuple[Any, Any]:
+    """torch's optimizer of the `recipe`, and its learning rate's schedule by steps, of which an epoch has so many."""
+    from torch import optim
+    from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR, StepLR
+
+    if recipe.optimizer == "sgd":
+        optimizer: Any = optim.SGD(
+            parameters, recipe.learning_rate, momentum=0.9, weight_decay=recipe.weight_decay, nesterov=True
+        )
+    else:
+        optimizer = optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    if recipe.schedule == "steps":
+        return optimizer, StepLR(optimizer, recipe.decay_epochs * steps, 0.1)
+    warmup = recipe.warmup_epochs * steps
+    rise = LinearLR(optimizer, 1e-9, total_iters=warmup)  # which begins anywhere but at 0
+    fall = CosineAnnealingLR(optimizer, recipe.epochs * steps - warmup)
+    return optimizer, SequentialLR(optimizer, [rise, fall], [warmup])
+
+
+def _augmented(images: np.ndarray, rng: np.random.Generator, recipe: Any) -> np.ndarray:
+    """`[B,3,H,H]`: crops of the images padded with black by an eighth, mirrored or not, with a grey square or without."""
+    count, size = images.shape[:2]
+    padding, side = size // 8, round(recipe.cutout * size)
+    padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), (1, 2))
+    crops = windows[np.arange(count), *rng.integers(0, 2 * padding + 1, (2, count))]
+    mirrored = rng.random(count) < 0.5
+    crops[mirrored] = crops[mirrored, ..., ::-1]
+    for crop, (row, column) in zip(crops, rng.integers(0, size, (count, 2)) - side // 2, strict=True) if side else ():
+        crop[:, max(row, 0) : row + side, max(column, 0) : column + side] = GREY
+    return crops
+
+
+def _turned(images: np.ndarray, rng: np.random.Generator, recipe: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The images, each in all its four turns or in a random one, and the turns."""
+    if recipe.rotations == "all":
+        turned = np.concatenate([np.rot90(images, turn, (2, 3)) for turn in range(4)])
+        return turned, np.repeat(np.arange(4), len(images))
+    turns = rng.integers(0, 4, len(images))
+    return np.stack([np.rot90(image, turn, (1, 2)) for image, turn in zip(images, turns, strict=True)]), turns
 
 
 def _model(run: Run, num_classes: int, workdirs: Path) -> Any:
@@ -137,10 +187,11 @@ def _model(run: Run, num_classes: int, workdirs: Path) -> Any:
     import torch
 
     source = run.after or run
-    model = getattr(networks(), source.recipe.resolved().backbone)(num_classes=num_classes)
+    began = source.recipe.resolved()
+    model = stemmed(getattr(networks(), began.backbone)(num_classes=num_classes), began.stem)
     if run.after:
         _, variables, _ = rotjax.load(workdirs / run.after.name)
-        weights = export_weights(source.recipe.resolved().backbone, variables)
+        weights = export_weights(began.backbone, variables)
         kept = {key: torch.from_numpy(weights[key]) for key in weights if not key.startswith(("fc.", "classifier."))}
         model.load_state_dict(model.state_dict() | kept)
     if isinstance(run.recipe, Classification) and run.recipe.trainable != "all":

@@ -63,7 +63,7 @@ def torch_step(name: str, stem: str, batch: Arrays, *, dtype: str = "float32", m
 
     device = accelerator()
     torch.backends.cudnn.benchmark = True
-    model = _stemmed(getattr(networks(), name)(num_classes=4), stem)
+    model = stemmed(getattr(networks(), name)(num_classes=4), stem)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=device == "cuda")
     images = torch.from_numpy(batch["image"].transpose(0, 3, 1, 2).copy()).to(device, memory_format=torch.channels_last)
@@ -122,7 +122,7 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def _stemmed(model: Any, stem: str) -> Any:
+def stemmed(model: Any, stem: str) -> Any:
     """torchvision's network with a 3x3 convolution of stride 1 in place of its stem where `stem` is cifar."""
     import torch
 

@@ -317,6 +317,7 @@ def test_a_row_that_is_not_there_is_told_with_what_it_takes(word, remedy):
         ("3a-classification-seed0", "1-rotation-seed0", ""),
         ("3a-classification-seed2", "1-rotation-seed2", " --seeds=3"),
         ("6b-160px-classification-seed0", "6a-160px-rotation-seed0", ""),
+        ("S3a-classification-seed1", "S1-rotation-seed1", " --preset=strong --seeds=2"),
     ],
 )
 def test_a_control_without_what_it_starts_from_says_how_to_make_it(tmp_path, monkeypatch, name, begun, flags):
@@ -324,7 +325,8 @@ def test_a_control_without_what_it_starts_from_says_how_to_make_it(tmp_path, mon
     remedy = f"run python -m experiments.reproduce --only={begun}{flags} --workdirs={tmp_path} first"
     with pytest.raises(UsageError, match=f"^{name} starts from {begun}, which is not complete there; {remedy}$"):
         control.control(name, workdirs=tmp_path, results=tmp_path / "results")
-    assert [run.name for run in reproduce.chosen(runs(3 if flags else 1), begun)] == [begun]
+    every = runs(3 if flags else 1, "strong" if "strong" in flags else "report")
+    assert [run.name for run in reproduce.chosen(every, begun)] == [begun]
     assert not list(tmp_path.iterdir())
 
 

@@ -14,7 +14,7 @@ import pytest
 from scipy.stats import ks_2samp
 
 import rotjax
-from experiments import peers
+from experiments import control, peers, rows
 from rotjax.errors import UsageError
 from rotjax.models import CIFAR10_MEAN, CIFAR10_STD
 from rotjax.state import abstract_variables
@@ -282,3 +282,31 @@ def test_variables_of_another_form_are_refused():
     for odd in (variables["params"], {"params": variables["params"]}, variables | {"params": np.ones(3)}, {}):
         with pytest.raises(UsageError, match="the arrays are not those of densenet121"):
             export_weights("densenet121", odd)
+
+
+@pytest.mark.parametrize("preset", ["report", "strong"])
+def test_a_control_has_the_rate_of_its_recipe_in_every_step(torch, preset):
+    data = rotjax.Dataset(
+        "cifar10", ("a", "b"), *[{"image": np.zeros((24, 32, 32, 3), np.uint8), "label": np.arange(24) % 2}] * 2
+    )
+    plan = rotjax.plan(rotjax.Classification(batch_size=8, epochs=20, preset=preset), data=data)
+    optimizer, schedule = control._optimizer(plan.recipe, [torch.nn.Parameter(torch.zeros(()))], steps=3)
+    rates = []
+    for _ in range(plan.steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    np.testing.assert_allclose(rates, [plan.schedule(step) for step in range(plan.steps)], rtol=1e-5, atol=1e-8)
+    assert len({*rates}) > 1
+
+
+@pytest.mark.parametrize(("recipe", "epochs"), [(rotjax.Rotation, 5), (rotjax.Classification, 16)])
+def test_a_control_learns_by_the_strong_preset(networks, tmp_path, recipe, epochs):
+    """Which way is up on ramps, or whether they are bright."""
+    ramp = np.linspace(0, 120, 16).astype(np.uint8)[:, None, None].repeat(16, 1).repeat(3, 2)
+    labels = np.arange(32) % 2
+    images = ramp + (100 * labels).astype(np.uint8)[:, None, None, None]
+    data = rotjax.Dataset("ramps", ("dark", "bright"), *[{"image": images, "label": labels}] * 2)
+    run = rows.Run("S", "a control", recipe(preset="strong", epochs=epochs, warmup_epochs=1, batch_size=16))
+    *_, last = control.train(run, data, tmp_path)
+    assert last["epoch"] == epochs and last["test_accuracy"] > 0.9
