@@ -1,4 +1,4 @@
-"""A row of the report by PyTorch, on the same data and from the same weights: `python -m experiments.control --run=...`.
+"""A run of `experiments.reproduce` by PyTorch, on the same data and from the same weights: `python -m experiments.control`.
 
 Network, optimizer, schedule and augmentation are torchvision's, torch's and written anew here, so that a figure which
 rotjax and its control share comes from the data or the recipe, not from the port. Needs torch and torchvision.
@@ -26,6 +26,7 @@ from rotjax.errors import DataError, UsageError
 from rotjax.files import write_json
 from rotjax.presets import Preset
 from rotjax.recipe import Classification, Rotation
+from rotjax.recipe_json import to_json
 from rotjax.torchvision import export_weights
 from rotjax.workdirs import read_summary
 
@@ -42,10 +43,11 @@ def control(
     results: command.ResultsDir = RESULTS,
     data_dir: command.DataDir = None,
 ) -> None:
-    """Train a run of the report by PyTorch, with torch and torchvision. It does not resume.
+    """Train a run of `experiments.reproduce` by PyTorch, with torch and torchvision. It does not resume.
 
     Args:
-        run: As `experiments.reproduce --list` names it; one that starts from another needs that one's workdir.
+        run: As `experiments.reproduce --list`, or that with --preset=strong, names it; one that starts from another needs
+            that one's workdir.
         workdirs: Folder of the workdirs of `experiments.reproduce`.
         results: Folder of the results, where a row per epoch and the final figure are left in `controls`.
         data_dir: Folder of data sets prepared for TFDS.
@@ -72,7 +74,7 @@ def control(
         rows.append(row)
         say(json.dumps(row))
     summary = {"accuracy": rows[-1]["test_accuracy"], "wall_seconds": round(time.perf_counter() - began, 1)}
-    result = {"row": trained.row, "variant": trained.variant, "summary": summary, "epochs": rows}
+    result = {"row": trained.row, "variant": trained.variant, "recipe": to_json(recipe), "summary": summary, "epochs": rows}
     write_json(folder / f"{trained.name}.json", result | pretext)
     tables.write(results)
     say(f"\n{folder / trained.name}.json")
@@ -186,12 +188,12 @@ def _model(run: Run, num_classes: int, workdirs: Path) -> Any:
     """torchvision's network with the weights that `run` starts from, what is frozen without gradients."""
     import torch
 
-    source = run.after or run
-    began = source.recipe.resolved()
-    model = stemmed(getattr(networks(), began.backbone)(num_classes=num_classes), began.stem)
+    recipe, weights = run.recipe.resolved(), {}
     if run.after:
-        _, variables, _ = rotjax.load(workdirs / run.after.name)
-        weights = export_weights(began.backbone, variables)
+        _, variables, recipe = rotjax.load(workdirs / run.after.name)
+        weights = export_weights(recipe.backbone, variables)
+    model = stemmed(getattr(networks(), recipe.backbone)(num_classes=num_classes), recipe.stem)
+    if weights:
         kept = {key: torch.from_numpy(weights[key]) for key in weights if not key.startswith(("fc.", "classifier."))}
         model.load_state_dict(model.state_dict() | kept)
     if isinstance(run.recipe, Classification) and run.recipe.trainable != "all":

@@ -204,11 +204,11 @@ def next_step(workdir: Path, plan: Plan, data_dir: Path | None = None) -> str:
         return f"next, classify other images:\n  {predict}\nor use it in Python:\n  {loaded}"
     dataset = plan.recipe.dataset if len(plan.data.classes) > 1 else "FOLDER_WITH_A_FOLDER_PER_CLASS"
     recipe, flags = plan.recipe, dict[str, Any](pretrained=workdir, dataset=dataset)
-    own, usual = (job(dataset=recipe.dataset, preset=recipe.preset).resolved() for job in (type(recipe), Classification))
+    usual = Classification(dataset=recipe.dataset, preset=recipe.preset).resolved()
     flags |= {name: value for name in ("image_size", "flip") if (value := getattr(recipe, name)) != getattr(usual, name)}
     if recipe.preset != Recipe.preset:
         flags["preset"] = recipe.preset
-    if recipe.batch_size != own.batch_size:  # another than the default, which may not be that of classification
+    if recipe.batch_size != usual.batch_size:
         flags["batch_size"] = recipe.batch_size
     if recipe.validation:
         flags["validation"] = recipe.validation

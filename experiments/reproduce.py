@@ -33,7 +33,7 @@ class Settings:
     """Which rows, and where everything goes."""
 
     preset: Preset = "report"
-    """The report's rows, or strong: S1, S2a, S3a and S3b, its tasks by today's recipe, on a GPU."""
+    """The report's rows, or strong: its tasks by today's recipe, S1 to S3b, and what chose it, S0, on a GPU."""
     only: str = ""
     """Rows, or runs as --list names them, separated by commas; what they start from is added. Everything if not given."""
     seeds: int = 1

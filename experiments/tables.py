@@ -17,8 +17,10 @@ from rotjax import files
 from rotjax.errors import UsageError
 from rotjax.locks import locked
 from rotjax.presets import Preset
+from rotjax.recipe import NETWORK
 
 TITLE = "# Results\n\nMade by `python -m experiments.reproduce`"
+BROUGHT = ("classes", "pretrained", *NETWORK)  # fields that the data or the pretrained network decides
 BEGINNINGS = {"3a": ("row 1", "64.69"), "3b": ("random weights", "40.66")}  # and the report's first epoch
 
 
@@ -93,7 +95,7 @@ def table(header: Sequence[str], lines: Iterable[Sequence]) -> str:
 
 
 def _rows(outcomes: Sequence[Outcome]) -> list[str]:
-    known = {(run.row, run.variant, run.recipe.job): run for run in runs()}
+    known = {run.key: run for run in runs()}
     header = ("row", "what", "network", "report", "rotjax", "seeds", "difference", "band", "device", "minutes", "command")
     groups = groupby((one for one in outcomes if one.row != "4"), lambda one: one.key)
     return [table(header, (_line(list(group), known.get(key)) for key, group in groups))]
@@ -135,7 +137,7 @@ def _minutes(group: Sequence[Outcome]) -> str:
 
 
 def _strong(outcomes: Sequence[Outcome]) -> list[str]:
-    known = {(run.row, run.variant, run.recipe.job): run for run in runs(preset="strong")}
+    known = {run.key: run for run in runs(preset="strong")}
     lines = []
     for key, group in groupby(outcomes, lambda one: one.key):
         same, run = list(group), known.get(key)
@@ -144,9 +146,9 @@ def _strong(outcomes: Sequence[Outcome]) -> list[str]:
         lines.append((key[0], what, goal, f"**{score}**", len(same), *_where(same)))
     title = (
         "## Today's recipe\n\nThe tasks of rows 1 to 3b by `python -m experiments.reproduce --preset=strong`: ResNet18\n"
-        "with the 3x3 stem, SGD along a cosine, rotations in all four turns a step; the goals are rotjax's own, for the\n"
-        "original pixels. Row S0, scored on a tenth of the training images that it held out, chose the classifiers' cutout\n"
-        "and label smoothing."
+        "with the 3x3 stem, SGD along a cosine, rotations in all four turns of 128 images a step, classes of 512; the\n"
+        "goals are rotjax's own, for the original pixels. Row S0, scored on a tenth of the training images that it held out,\n"
+        "chose the classifiers' cutout and label smoothing."
     )
     return [title, table(("row", "what", "goal", "rotjax", "seeds", "device", "minutes"), lines)] if lines else []
 
@@ -191,10 +193,13 @@ def _controls(outcomes: Sequence[Outcome], torch: Mapping[str, dict]) -> list[st
         if control := torch.get(one.name):
             began = {f"{start:.2f}" for start in (one.pretext, control.get("pretext")) if start}
             other = f", from networks of {' and '.join(sorted(began))}" * (len(began) > 1)
+            given = {name: value for name, value in control.get("recipe", {}).items() if name not in BROUGHT}
+            other += ", by another recipe" * any(one.recipe.get(name, value) != value for name, value in given.items())
             lines.append((one.name, f"{one.score:.2f}", f"{accuracy(control['summary']):.2f}{other}"))
     title = (
         "## Controls\n\nThe same row by PyTorch (`python -m experiments.control`), with torchvision's network, on the same "
-        "data and from the same pretrained weights, if any: a difference from the report that both share is not the port's."
+        "data and from the same pretrained weights, if any: a difference from the report, or a goal, that both share is not "
+        "the port's."
     )
     return [title, table(("run", "rotjax", "PyTorch"), lines)] if lines else []
 

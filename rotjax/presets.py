@@ -28,7 +28,7 @@ DATASETS: dict[str, Defaults] = {
 _STRONG: Defaults = dict(stem="cifar", dtype="bfloat16", optimizer="sgd", schedule="cosine", warmup_epochs=5)
 STRONG: dict[str, Defaults] = {  # what differs; RotNet's authors: the same SGD, but steps, over 200 epochs
     "rotation": _STRONG | dict(rotations="all", epochs=100),
-    "classification": _STRONG | dict(batch_size=512, epochs=100, cutout=0.375, label_smoothing=0.1),
+    "classification": _STRONG | dict(epochs=100, cutout=0.375, label_smoothing=0.1),
 }
 SGD: Defaults = dict(learning_rate=0.1, weight_decay=5e-4)  # in the place of AdamW's; the rate is that of SGD_BATCH images
 SGD_BATCH = 128

@@ -240,7 +240,7 @@ def test_a_run_with_validation_images_does_not_speak_of_test_images(tmp_path, ca
     assert "val. accuracy" in (out := capsys.readouterr().out) and "test" not in out
     assert " --preset=strong --batch_size=8 --validation=0.25" in report.next_step(tmp_path, this)
     usual = dataclasses.replace(this, recipe=dataclasses.replace(this.recipe, batch_size=128))
-    assert "--batch_size" not in report.next_step(tmp_path, usual), "classification has another default by this preset"
+    assert "--batch_size" not in report.next_step(tmp_path, usual)
     (_, line), *_ = report.facts(SUMMARY | {"tested_on": this.recipe.tested_on})
     assert line == "78.77% on all four turns of 10,000 validation images"
 

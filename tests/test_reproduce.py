@@ -88,6 +88,17 @@ def test_the_strong_rows_have_a_table_of_their_own():
     assert "| 3a |" not in page.partition("## Today's recipe")[2].partition("##")[0]
 
 
+def test_a_control_by_another_recipe_is_told():
+    (result,) = (one for one in outcomes.load(outcomes.RESULTS) if one.name == "S3b-classification-seed0")
+    for given, said in [
+        ({}, "92.40 |"),
+        ({"classes": [], "stem": "x"}, "92.40 |"),
+        ({"epochs": 200}, "92.40, by another recipe |"),
+    ]:
+        control = {"summary": {"accuracy": 0.924}, "recipe": result.recipe | given}
+        assert f"| {result.name} | 92.49 | {said}" in tables.readme([result], (), {result.name: control}, ())
+
+
 def test_what_a_row_starts_from_comes_before_it():
     names = [run.name for run in reproduce.chosen(runs(seeds=2), "3a")]
     assert names == [f"{row}-seed{seed}" for seed in (0, 1) for row in ("1-rotation", "3a-classification")]

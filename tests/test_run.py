@@ -498,9 +498,9 @@ def test_what_is_given_comes_before_the_strong_preset_before_the_data_set_before
     assert (strong.warmup_epochs, rotjax.Rotation(preset="strong").resolved().warmup_epochs) == (3, 5)
     rates = [(rotjax.Rotation(preset=p, optimizer=o).resolved()) for p in ("strong", "report") for o in ("adamw", "sgd")]
     assert [(one.learning_rate, one.weight_decay) for one in rates] == [(0.01, 0.01), (0.1, 5e-4)] * 2
-    classes = [rotjax.Classification(preset="strong", batch_size=size).resolved() for size in (None, 64)]
+    classes = [rotjax.Classification(preset="strong", batch_size=size).resolved() for size in (None, 512)]
     rates = [strong.learning_rate, *(one.learning_rate for one in classes)]
-    assert rates == [0.0125, 0.4, 0.05], "in proportion to the batch"
+    assert rates == [0.0125, 0.1, 0.4], "in proportion to the batch"
     assert rotjax.Classification(preset="strong", optimizer="adamw").resolved().learning_rate == 0.01
     assert (strong.stem, strong.optimizer, strong.schedule, strong.views) == ("cifar", "sgd", "cosine", 64)
     report = rotjax.Rotation(dataset="digits").resolved()
