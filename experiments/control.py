@@ -46,8 +46,7 @@ def control(
     """Train a run of `experiments.reproduce` by PyTorch, with torch and torchvision. It does not resume.
 
     Args:
-        run: As `experiments.reproduce --list`, or that with --preset=strong, names it; one that starts from another needs
-            that one's workdir.
+        run: As `experiments.reproduce` lists it, of either preset; one that starts from another needs that one's workdir.
         workdirs: Folder of the workdirs of `experiments.reproduce`.
         results: Folder of the results, where a row per epoch and the final figure are left in `controls`.
         data_dir: Folder of data sets prepared for TFDS.

@@ -147,8 +147,8 @@ def _strong(outcomes: Sequence[Outcome]) -> list[str]:
     title = (
         "## Today's recipe\n\nThe tasks of rows 1 to 3b by `python -m experiments.reproduce --preset=strong`: ResNet18\n"
         "with the 3x3 stem, SGD along a cosine, rotations in all four turns of 128 images a step, classes of 512; the\n"
-        "goals are rotjax's own, for the original pixels. Row S0, scored on a tenth of the training images that it held out,\n"
-        "chose the classifiers' cutout and label smoothing."
+        "goals are rotjax's own, for the original pixels. Row S0, scored on a tenth of the training images that it holds\n"
+        "out, chose the classifiers' cutout and label smoothing."
     )
     return [title, table(("row", "what", "goal", "rotjax", "seeds", "device", "minutes"), lines)] if lines else []
 
