@@ -16,8 +16,8 @@ from experiments import command, figures, plots
 from experiments.report import complain, say
 from rotjax import files, processes
 from rotjax.data import photographs
-from rotjax.data.folders import few, shown
-from rotjax.errors import DataError
+from rotjax.data.folders import shown
+from rotjax.errors import DataError, few
 from rotjax.workdirs import read_recipe
 
 TOGETHER, ROOM = 1024, 2**28  # images in memory at once, and bytes of them

@@ -1,6 +1,9 @@
 """Errors that a caller can cause: one line says what is wrong, where, and what to do; commands exit with `exit_code`."""
 
 import os
+from collections.abc import Iterable
+
+MOST = 5  # names in a line
 
 
 def launcher() -> str:
@@ -18,6 +21,13 @@ def reason(error: BaseException) -> str:
     """Why `error` was raised, in up to 100 characters: the system's words where it has some, else its first line."""
     said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return said.splitlines()[0][:100]
+
+
+def few(words: Iterable[str], most: int = MOST) -> str:
+    """The first `most` of `words`, and how many more there are."""
+    words = list(words)
+    more = f" and {len(words) - most:,} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
 
 
 class RotjaxError(Exception):

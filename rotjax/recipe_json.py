@@ -5,8 +5,7 @@ import json
 from typing import Any
 
 from rotjax import presets
-from rotjax.data.folders import few
-from rotjax.errors import CheckpointError, UsageError
+from rotjax.errors import CheckpointError, UsageError, few
 from rotjax.recipe import JOBS, Recipe, check
 
 SCHEMA = 1

@@ -4,7 +4,6 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
 from functools import cache
 from itertools import chain, groupby
 from pathlib import Path
@@ -12,10 +11,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from rotjax.errors import DataError
+from rotjax.errors import DataError, few
 
 TRAINS, TESTS = ("train", "training"), ("test", "testing", "validation", "valid", "val")  # of several the first counts
-MOST = 5  # names in a line
 UNDRAWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow opens but leaves to other programs to draw
 UNOPENED = {".heic", ".heif"}  # photographs all the same: better counted as unreadable than passed over
 
@@ -159,12 +157,6 @@ def _suffixes() -> frozenset[str]:
 def formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in Image.ID if name not in UNDRAWN)
-
-
-def few(words: Iterable[str], most: int = MOST) -> str:
-    words = list(words)
-    more = f" and {len(words) - most:,} more" if len(words) > most else ""
-    return ", ".join(words[:most]) + more
 
 
 def shown(words: object) -> str:

@@ -16,9 +16,9 @@ from PIL import Image, UnidentifiedImageError
 from rotjax.data.batches import Arrays, check_fits, unlabelled
 from rotjax.data.dataset import Dataset, check_classes
 from rotjax.data.decoded import Record, ahead, decoded, fingerprint, listing
-from rotjax.data.folders import MOST, UNOPENED, Photograph, everything, few, formats, found, shown, unclassed
+from rotjax.data.folders import UNOPENED, Photograph, everything, formats, found, shown, unclassed
 from rotjax.data.pixels import square
-from rotjax.errors import DataError, ReadError, reason
+from rotjax.errors import MOST, DataError, ReadError, few, reason
 
 log = logging.getLogger(__name__)
 
