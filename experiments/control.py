@@ -10,21 +10,20 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 import rotjax
 from experiments import command, tables
 from experiments.outcomes import RESULTS, accuracy
-from experiments.peers import accelerator, networks, stemmed
+from experiments.peers import accelerator, augmented, networks, stemmed
 from experiments.report import say
-from experiments.rows import Run, runs
+from experiments.rows import Run, every
 from rotjax.data import sources
 from rotjax.data.augmentation import GREY
 from rotjax.errors import DataError, UsageError
 from rotjax.files import write_json
-from rotjax.presets import Preset
 from rotjax.recipe import Classification, Rotation
 from rotjax.recipe_json import to_json
 from rotjax.torchvision import export_weights
@@ -81,7 +80,7 @@ def control(
 
 def named(name: str) -> Run:
     """The run `name`; UsageError where there is none, or `train` would train another."""
-    run = next((run for preset in get_args(Preset) for run in runs(3, preset) if run.name == name), None)
+    run = next((run for run in every(3) if run.name == name), None)
     if run is None:
         raise UsageError(f"--run={name} is none; see python -m experiments.reproduce --list --seeds=3, with --preset=strong")
     recipe = run.recipe
@@ -108,7 +107,7 @@ def train(run: Run, data: rotjax.Dataset, workdirs: Path) -> Iterator[dict[str, 
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (recipe.mean, recipe.std))
 
     def logits(images: np.ndarray) -> Any:
-        planes = torch.from_numpy(np.ascontiguousarray(images)).to(device, memory_format=torch.channels_last)
+        planes = torch.from_numpy(np.array(images, order="C")).to(device).permute(0, 3, 1, 2)  # channels_last, as they are
         with torch.autocast(device, getattr(torch, recipe.dtype), enabled=recipe.dtype != "float32"):
             return model((planes - mean) / std).float()
 
@@ -119,7 +118,7 @@ def train(run: Run, data: rotjax.Dataset, workdirs: Path) -> Iterator[dict[str, 
             for at in range(0, len(data.test["label"]), 500):
                 images, labels = (data.test[key][at : at + 500] for key in ("image", "label"))
                 for turn in turns:
-                    predicted = logits(np.rot90(images.transpose(0, 3, 1, 2), turn, (2, 3))).argmax(1).cpu().numpy()
+                    predicted = logits(np.rot90(images, turn, (1, 2))).argmax(1).cpu().numpy()
                     right += (predicted == (turn if turning else labels)).sum()
         return right / len(data.test["label"]) / len(turns)
 
@@ -128,7 +127,8 @@ def train(run: Run, data: rotjax.Dataset, workdirs: Path) -> Iterator[dict[str, 
         order = rng.permutation(count)[: count // recipe.batch_size * recipe.batch_size]
         correct, views = torch.zeros((), device=device), 0
         for index in order.reshape(-1, recipe.batch_size):
-            images, labels = _augmented(data.train["image"][index], rng, recipe), data.train["label"][index].astype(np.int64)
+            images = np.stack([_augmented(data.train["image"][i], rng, recipe) for i in index])
+            labels = data.train["label"][index].astype(np.int64)
             if turning:
                 images, labels = _turned(images, rng, recipe)
             optimizer.zero_grad()
@@ -160,27 +160,22 @@ def _optimizer(recipe: Any, parameters: Iterable, steps: int) -> tuple[Any, Any]
     return optimizer, SequentialLR(optimizer, [rise, fall], [warmup])
 
 
-def _augmented(images: np.ndarray, rng: np.random.Generator, recipe: Any) -> np.ndarray:
-    """`[B,3,H,H]`: crops of the images padded with black by an eighth, mirrored or not, with a grey square or without."""
-    count, size = images.shape[:2]
-    padding, side = size // 8, round(recipe.cutout * size)
-    padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), (1, 2))
-    crops = windows[np.arange(count), *rng.integers(0, 2 * padding + 1, (2, count))]
-    mirrored = rng.random(count) < 0.5
-    crops[mirrored] = crops[mirrored, ..., ::-1]
-    for crop, (row, column) in zip(crops, rng.integers(0, size, (count, 2)) - side // 2, strict=True) if side else ():
-        crop[:, max(row, 0) : row + side, max(column, 0) : column + side] = GREY
-    return crops
+def _augmented(image: np.ndarray, rng: np.random.Generator, recipe: Any) -> np.ndarray:
+    """`augmented`, and with a grey square if the recipe has one."""
+    size, crop = len(image), augmented(image, rng)
+    if side := round(recipe.cutout * size):
+        row, column = rng.integers(0, size, 2) - side // 2
+        crop[max(row, 0) : row + side, max(column, 0) : column + side] = GREY
+    return crop
 
 
 def _turned(images: np.ndarray, rng: np.random.Generator, recipe: Any) -> tuple[np.ndarray, np.ndarray]:
     """The images, each in all its four turns or in a random one, and the turns."""
     if recipe.rotations == "all":
-        turned = np.concatenate([np.rot90(images, turn, (2, 3)) for turn in range(4)])
+        turned = np.concatenate([np.rot90(images, turn, (1, 2)) for turn in range(4)])
         return turned, np.repeat(np.arange(4), len(images))
     turns = rng.integers(0, 4, len(images))
-    return np.stack([np.rot90(image, turn, (1, 2)) for image, turn in zip(images, turns, strict=True)]), turns
+    return np.stack([np.rot90(image, turn) for image, turn in zip(images, turns, strict=True)]), turns
 
 
 def _model(run: Run, num_classes: int, workdirs: Path) -> Any:

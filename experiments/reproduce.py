@@ -16,7 +16,7 @@ from rotjax.errors import UsageError
 from rotjax.files import read_rows, write, write_json, writing
 from rotjax.locks import held
 from rotjax.presets import Preset
-from rotjax.recipe import NETWORK, Classification
+from rotjax.recipe import Classification
 from rotjax.recipe_json import to_json
 from rotjax.workdirs import read_recipe, read_summary
 
@@ -148,8 +148,7 @@ def done(run: Run, settings: Settings) -> bool:
     if read_result(result)["summary"] != read_summary(workdir):  # of another training, such as a clone comes with
         return False
     asked, trained = run.recipe.resolved(), read_recipe(workdir)
-    given = {field.name for field in dataclasses.fields(asked)} - {"classes", "pretrained", *(NETWORK if run.after else ())}
-    return all(getattr(asked, name) == getattr(trained, name) for name in given)
+    return all(getattr(asked, name) == getattr(trained, name) for name in run.given)
 
 
 def overview(asked: Sequence[Run], settings: Settings, running: Run | None = None) -> str:

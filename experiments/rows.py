@@ -3,10 +3,10 @@
 import dataclasses
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, get_args
 
 from rotjax.presets import Preset
-from rotjax.recipe import Classification, Recipe, Rotation
+from rotjax.recipe import NETWORK, Classification, Recipe, Rotation
 
 ROWS = ("1", "2a", "2b", "3a", "3b", "4", "5a", "5b", "6a", "6b")
 STRONG = ("S1", "S2a", "S3a", "S3b", "S0")  # the tasks of 1 to 3b by today's recipe, and how it was chosen
@@ -39,10 +39,21 @@ class Run:
         return self.row, self.variant, self.recipe.job
 
     @property
+    def given(self) -> set[str]:
+        """The fields of the recipe that neither the data nor the run `after` decides."""
+        decided = {"classes", "pretrained", *(NETWORK if self.after else ())}
+        return {field.name for field in dataclasses.fields(self.recipe)} - decided
+
+    @property
     def name(self) -> str:
         """Tells it from every other run, `<row>-<variant>-<task>-seed<seed>`."""
         cut = f"first{self.recipe.max_steps}" if self.recipe.max_steps else ""
         return "-".join(filter(None, (self.row, self.variant, self.recipe.job, cut, f"seed{self.recipe.seed}")))
+
+
+def every(seeds: int = 1) -> list[Run]:
+    """The `runs` of each preset."""
+    return [run for preset in get_args(Preset) for run in runs(seeds, preset)]
 
 
 def shortened(run: Run, steps: int) -> Run:
@@ -135,22 +146,19 @@ def _strong(seed: int) -> list[Run]:
 def _tuning() -> list[Run]:
     """What chose the strong preset's regularisation, on images held out of the training set."""
     preset = Classification(preset="strong").resolved()
-    cutouts, smoothings = {"cutout": preset.cutout, "": 0.0}, {"smoothing": preset.label_smoothing, "": 0.0}
+    kinds = {
+        "cutout-smoothing": (preset.cutout, preset.label_smoothing),
+        "cutout": (preset.cutout, 0.0),
+        "smoothing": (0.0, preset.label_smoothing),
+        "neither": (0.0, 0.0),
+    }
+    short = Classification(preset="strong", batch_size=BATCH, epochs=30, validation=0.1)
     return [
         Run(
             "S0",
-            f"classify held-out training images, 30 epochs from random weights: {' and '.join(kinds) or 'neither'}",
-            Classification(
-                preset="strong",
-                batch_size=BATCH,
-                epochs=30,
-                validation=0.1,
-                cutout=cutouts[cut],
-                label_smoothing=smoothings[smooth],
-            ),
-            variant="-".join(kinds) or "neither",
+            f"classify held-out training images, 30 epochs from random weights: {kind.replace('-', ' and ')}",
+            dataclasses.replace(short, cutout=cutout, label_smoothing=smoothing),
+            variant=kind,
         )
-        for cut in cutouts
-        for smooth in smoothings
-        for kinds in [[kind for kind in (cut, smooth) if kind]]
+        for kind, (cutout, smoothing) in kinds.items()
     ]

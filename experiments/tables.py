@@ -7,20 +7,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import get_args
 
 from experiments import command, comparison
 from experiments.outcomes import PROBES, RESULTS, Outcome, accuracy, controls, load, mean, probes, subset_scores
 from experiments.report import say
-from experiments.rows import ROWS, STRONG, SUBSETS, WHOLE, Run, runs
+from experiments.rows import ROWS, STRONG, SUBSETS, WHOLE, Run, every, runs
 from rotjax import files
 from rotjax.errors import UsageError
 from rotjax.locks import locked
-from rotjax.presets import Preset
-from rotjax.recipe import NETWORK
 
 TITLE = "# Results\n\nMade by `python -m experiments.reproduce`"
-BROUGHT = ("classes", "pretrained", *NETWORK)  # fields that the data or the pretrained network decides
 BEGINNINGS = {"3a": ("row 1", "64.69"), "3b": ("random weights", "40.66")}  # and the report's first epoch
 
 
@@ -170,8 +166,7 @@ def _data_notes(outcomes: Sequence[Outcome]) -> list[str]:
 def _other_beginnings(outcomes: Sequence[Outcome]) -> list[str]:
     """Which runs start from a training of an earlier row that is not, or no longer, the one in the table."""
     scores = {one.name: one.score for one in outcomes}
-    seeds = 1 + max((one.seed for one in outcomes), default=0)
-    after = {run.name: run.after.name for preset in get_args(Preset) for run in runs(seeds, preset) if run.after}
+    after = {name: run.after.name for name, run in _known(outcomes).items() if run.after}
     other: dict[tuple[str, float], list[str]] = {}
     for one in outcomes:
         begun = after.get(one.name)
@@ -186,15 +181,21 @@ def _other_beginnings(outcomes: Sequence[Outcome]) -> list[str]:
     return [f"From another training than the one in the table: {'; '.join(parts)}."] if parts else []
 
 
+def _known(outcomes: Sequence[Outcome]) -> dict[str, Run]:
+    """Every run of as many seeds as there are, by name."""
+    return {run.name: run for run in every(1 + max((one.seed for one in outcomes), default=0))}
+
+
 def _controls(outcomes: Sequence[Outcome], torch: Mapping[str, dict]) -> list[str]:
     """PyTorch's accuracy beside ours of the same row and seed: what both share is not the port's doing."""
-    lines = []
+    lines, known = [], _known(outcomes)
     for one in outcomes:
         if control := torch.get(one.name):
             began = {f"{start:.2f}" for start in (one.pretext, control.get("pretext")) if start}
             other = f", from networks of {' and '.join(sorted(began))}" * (len(began) > 1)
-            given = {name: value for name, value in control.get("recipe", {}).items() if name not in BROUGHT}
-            other += ", by another recipe" * any(one.recipe.get(name, value) != value for name, value in given.items())
+            recipe = control.get("recipe", {})  # older ones do not say it
+            same = known[one.name].given & recipe.keys() if one.name in known else set()
+            other += ", by another recipe" * any(one.recipe.get(name, recipe[name]) != recipe[name] for name in same)
             lines.append((one.name, f"{one.score:.2f}", f"{accuracy(control['summary']):.2f}{other}"))
     title = (
         "## Controls\n\nThe same row by PyTorch (`python -m experiments.control`), with torchvision's network, on the same "
