@@ -17,7 +17,7 @@ from experiments.report import complain, say
 from rotjax import files, processes
 from rotjax.data import photographs
 from rotjax.data.folders import shown
-from rotjax.errors import DataError, few
+from rotjax.errors import DataError, UsageError, few
 from rotjax.workdirs import read_recipe
 
 TOGETHER, ROOM = 1024, 2**28  # images in memory at once, and bytes of them
@@ -39,10 +39,13 @@ def run(pretrained: Path, images: Path, output: Annotated[Path | None, command.d
     Args:
         pretrained: Workdir of the run whose network it is.
         images: Folder of images, also in folders below it, of any size; they are scaled and cut as in training.
-        output: Folder that gets the table and the picture.
+        output: Folder, outside the images', that gets the table and the picture.
     """
     command.check_folder("images", images, there=True)
     command.check_folder("output", output)
+    if output and output.resolve().is_relative_to(images.resolve()):
+        where = f"--output={shown(output)} lies in --images={shown(images)}"
+        raise UsageError(f"{where}, and its picture would be among them next time; name a folder outside")
     processes.check_devices()
     recipe, names = read_recipe(pretrained), photographs.listed(images)
     stem = f"predictions-{images.resolve().name[:40]}-{command.mark(images)}"

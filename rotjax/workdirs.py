@@ -30,6 +30,8 @@ def read_recipe(workdir: Path) -> Recipe:
         values = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{workdir} holds no run (no recipe.json); name the workdir of a finished run") from None
+    except NotADirectoryError:
+        raise CheckpointError(f"{workdir} is a file, or below one; name the workdir of a finished run") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); name another workdir") from error
     return from_json(values, str(path))

@@ -191,7 +191,7 @@ def test_a_batch_that_does_not_fit_is_refused(images, size):
 
 @pytest.mark.parametrize("make", [partial(batches.train_batches, steps=1, seed=0), batches.eval_batches])
 def test_pixels_that_are_not_uint8_are_refused(images, make):
-    with pytest.raises(TypeError, match="images are float32; give uint8 pixels"):
+    with pytest.raises(TypeError, match="images are float32; give an array of uint8 pixels"):
         make(images | {"image": images["image"] / np.float32(255)}, tasks.random_turn, 8)
 
 

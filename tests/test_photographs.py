@@ -97,6 +97,32 @@ def test_a_class_of_one_image_is_trained_on(folder, notes):
     assert "no readable image to test on of class rare" in notes
 
 
+@pytest.mark.parametrize("where", ["run", "runs/first", "runs/a/b", "cats/run"])
+@pytest.mark.parametrize("layout", [("",), ("cats", "dogs"), ("train/cats", "train/dogs")])
+def test_the_figures_of_runs_are_no_photographs(folder, where, layout, notes):
+    paint_classes(folder, 10, layout)
+    before = load(folder, SIZE)
+    run = folder / where
+    (run / "checkpoints" / "4").mkdir(parents=True)
+    paint(run / "predictions.png", 255)
+    for name in ("recipe.json", "data.json"):
+        (run / name).write_text("{}")
+    if run.parent != folder:
+        (run.parent / "begun").mkdir()
+        (run.parent / "run.log").touch()
+    after = load(folder, SIZE, pytest.fail)
+    assert after.classes == before.classes and after.facts() == before.facts()
+    assert photographs.listed(folder) == sorted(f"{part}/{n:02d}.png".lstrip("/") for part in layout for n in range(10))
+    told = "left alone beside: " if "train" in layout[0] else "runs: "
+    assert any(told in note and where.split("/")[0] in note for note in notes)
+
+
+def test_a_class_whose_images_lie_beside_a_recipe_is_no_run(folder):
+    paint_classes(folder)
+    (folder / "cats" / "recipe.json").write_text("{}")
+    assert load(folder, SIZE).classes == ("cats", "dogs")
+
+
 def test_images_without_classes(folder, notes):
     for number in range(20):
         paint(folder / f"{number:02d}.png", number)
@@ -205,7 +231,10 @@ def test_refused(folder, tmp_path):
     (folder / "notes.txt").write_text("x")
     refused(folder, r"photos holds no images \(1 \.txt\)")
     paint(folder / "a.png")
-    refused(folder, "too few readable images, 1 to train on and 0 to test on")
+    too_few = "too few readable images, 1 to train on and 0 to test on"
+    refused(folder, too_few)
+    with pytest.raises(DataError, match=too_few):
+        load(folder, SIZE, batch_size=64)
     refused(tmp_path / "absent", "cannot be read")
     (folder / "a.png").write_bytes(b"")
     (folder / "b.jpg").write_text("x")

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,7 @@ import rotjax
 from experiments import predict
 from rotjax.data import photographs
 from rotjax.data.pixels import square
-from rotjax.errors import CheckpointError, DataError
+from rotjax.errors import CheckpointError, DataError, UsageError
 
 
 def test_probabilities_are_the_softmax_of_the_logits_whatever_the_batch(images):
@@ -24,8 +25,10 @@ def test_probabilities_are_the_softmax_of_the_logits_whatever_the_batch(images):
     found = rotjax.probabilities(model, variables, images["image"], batch_size=20)
     assert found.dtype == np.float32 and found.shape == (48, 3)
     np.testing.assert_allclose(found, jax.nn.softmax(model.apply(variables, images["image"])), atol=1e-6)
-    with pytest.raises(TypeError, match="images are float64; give uint8 pixels"):
+    with pytest.raises(TypeError, match="images are float64; give an array of uint8 pixels"):
         rotjax.probabilities(model, variables, images["image"] / 255)
+    with pytest.raises(TypeError, match="images are list; give an array of uint8 pixels"):
+        rotjax.probabilities(model, variables, list(images["image"]))
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,20 @@ def test_a_workdir_of_others_is_left_as_it_is_where_another_folder_gets_the_tabl
     assert (sheet.suffix, table.suffix) == (".png", ".csv") and len(table.read_bytes().splitlines()) == 42
     with pytest.raises(CheckpointError, match=r"cannot write in .*\.csv/below .*; name another folder, --output"):
         predict.run(workdir, folder, output=table / "below")
+
+
+def test_its_own_picture_is_not_to_be_among_the_images(workdir, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for images, output in ((folder, folder), (Path("."), Path("three")), (Path("three"), folder / "three" / "new")):
+        with pytest.raises(UsageError, match="--output=.* lies in --images=.*; name a folder outside"):
+            predict.run(workdir, images, output=output)
+    assert not (folder / "three" / "new").exists()
+    shutil.copytree(workdir, folder / "run", ignore=shutil.ignore_patterns("predictions-*"))
+    for _ in range(2):
+        predict.run(Path("run"), folder / "three", output=folder / "run")
+        predict.run(Path("run"), folder)
+    (table,) = (folder / "run").glob("predictions-images-*.csv")
+    assert len(table.read_bytes().splitlines()) == 42
 
 
 def test_the_current_folder_and_the_one_above_are_folders_too(folder, monkeypatch):

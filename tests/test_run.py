@@ -444,6 +444,8 @@ def test_a_pretrained_run_that_is_not_there_is_refused(data, tmp_path):
     with pytest.raises(CheckpointError, match="no recipe.json"):
         plan(tmp_path / "missing")
     (tmp_path / "recipe.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="recipe.json is a file, or below one; name the workdir of a finished run"):
+        plan(tmp_path / "recipe.json")
     with pytest.raises(CheckpointError, match="not a recipe"):
         plan(tmp_path)
     recipe = rotjax.plan(rotjax.Rotation(**SMALL), data=data).recipe
@@ -657,6 +659,22 @@ def test_C7_a_folder_of_images_may_have_moved_and_other_images_are_refused(tmp_p
         run("three/photos")
     with pytest.raises(UsageError, match=r"holds another run \(dataset .*one/photos -> .*one/others\)"):
         run("one/others")
+
+
+def test_a_run_within_its_own_images_is_found_complete(tmp_path, notes):
+    path = tmp_path / "photos"
+    path.mkdir()
+    for number in range(20):
+        Image.new("RGB", (8, 8), (number,) * 3).save(path / f"{number}.png")
+    workdir = path / "runs" / "first"
+
+    def run():
+        recipe = rotjax.Rotation(dataset=str(path), image_size=8, max_steps=1, **SMALL)
+        rows = list(rotjax.train(rotjax.plan(recipe, workdir=workdir), workdir))
+        shutil.copy(path / "0.png", workdir / "history.png")  # as the command draws one
+        return rows
+
+    assert run() != [] and run() == [] and "already complete at step 1" in notes
 
 
 def test_what_defaults_make_of_the_images_other_than_in_the_pretrained_run_is_told(pretrained, data, notes):

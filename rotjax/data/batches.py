@@ -118,9 +118,10 @@ def _checked(data: Arrays, task: tasks.Task) -> Arrays:
 
 
 def check_pixels(images: np.ndarray) -> None:
-    """Raises TypeError for pixels that are not uint8."""
-    if images.dtype != np.uint8:
-        raise TypeError(f"images are {images.dtype}; give uint8 pixels, 0 to 255: the network normalises by itself")
+    """Raises TypeError for what is no array of uint8 pixels."""
+    kind = getattr(images, "dtype", type(images).__name__)
+    if kind != np.uint8:
+        raise TypeError(f"images are {kind}; give an array of uint8 pixels, 0 to 255: the network normalises by itself")
 
 
 def unlabelled(count: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from rotjax.errors import DataError, few
 
 TRAINS, TESTS = ("train", "training"), ("test", "testing", "validation", "valid", "val")  # of several the first counts
 UNDRAWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow opens but leaves to other programs to draw
+RUN = {"recipe.json", "data.json"}  # files that a run's folder has from its beginning
 UNOPENED = {".heic", ".heif"}  # photographs all the same: better counted as unreadable than passed over
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,10 @@ def found(folder: Path, labelled: bool) -> tuple[list[Photograph], int, tuple[st
 
 
 def everything(folder: Path) -> list[str]:
-    """Paths, with "/", of all images anywhere below `folder` but hidden ones, in order; DataError where there are none."""
+    """Paths, with "/", of all images anywhere below `folder` but hidden ones and those of runs, in order.
+
+    Raises DataError where there are none.
+    """
     folder = folder.resolve()  # whose parent is another folder, as that of `.` is not
     files = [file for file in _files(folder) if _suffix(file) in _suffixes()]
     if not files:
@@ -53,7 +57,7 @@ def everything(folder: Path) -> list[str]:
 
 def _divided(folder: Path) -> tuple[Path, Path | None]:
     """The folders to train and to test on; `folder` and None where nothing is divided."""
-    subfolders = {path.name.lower(): path for path in _subfolders(folder)}
+    subfolders = {path.name.lower(): path for path in _subfolders(folder) if not _of_runs(path)}
     trains, tests = ([name for name in names if name in subfolders] for names in (TRAINS, TESTS))
     if not trains and tests and len(tests) == len(subfolders):
         raise DataError(f"{shown(folder)} has {few(tests)} but no folder {TRAINS[0]}; add one, or name the folder inside")
@@ -71,6 +75,7 @@ def _classes(folder: Path, root: Path, labelled: bool) -> tuple[tuple[str, ...],
     """The classes below `root`, or none, and their photographs in the order of their names."""
     beside = sorted(path for path in root.iterdir() if not path.name.startswith(".") and not path.is_dir())
     below = {top: _files(top) for top in _subfolders(root)}
+    below = {top: files for top, files in below.items() if not _of_runs(top)}
     others = Counter(_suffix(file) for file in chain(beside, *below.values()) if _suffix(file) not in _suffixes())
     strange = few(f"{count:,} {shown(suffix) or 'without'}" for suffix, count in others.most_common())
     beside, *images = ([file for file in files if _suffix(file) in _suffixes()] for files in (beside, *below.values()))
@@ -104,20 +109,41 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
+def _of_runs(top: Path) -> bool:
+    """Whether runs are all there is below `top`: it has some, and no image outside them."""
+    some = False
+    for _, folders, names in os.walk(top):
+        if RUN.issubset(names):
+            some = True
+            folders.clear()
+        elif any(_suffix(Path(name)) in _suffixes() for name in names):
+            return False
+    return some
+
+
 def _files(top: Path) -> list[Path]:
-    """Files that are not hidden anywhere below `top`; each folder is entered once, as links may lead back."""
+    """Files anywhere below `top` that are neither hidden nor a run's, whose figures are no photographs.
+
+    Each folder is entered once, as links may lead back.
+    """
 
     def refuse(error: OSError):
         raise error
 
-    found, entered = [], {_identity(top.parent)}
+    found, runs, entered = [], [], {_identity(top.parent)}
     for where, folders, names in os.walk(top, onerror=refuse, followlinks=True):
         if _identity(where) in entered:
             folders.clear()
             continue
         entered.add(_identity(where))
+        if RUN.issubset(names):
+            runs.append(shown(Path(where).relative_to(top.parent)))
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(where, name) for name in names if not name.startswith(".")]
+    if runs:
+        log.info(f"left out of {shown(top.parent)}, runs: {few(runs)}")
     return found
 
 

@@ -32,7 +32,8 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
 
     Each subfolder is a class, with the images anywhere below it; images without subfolders have no classes. Where folders
     `train` (or `training`) and `test` (or `testing`, `validation`, `valid`, `val`) hold such folders or images, they are
-    the split; else a tenth of each class is held out, chosen by file name alone, so that no two runs disagree on it.
+    the split; else a tenth of each class is held out, chosen by file name alone, so that no two runs disagree on it. The
+    folders of runs, which hold figures, are left out.
     `progress` wraps the names of the files while they are decoded, once: see `decoded`. The split and everything left out
     are logged, and so is a set that has no classes after all: one of them has no image, training and test set differ in
     them, or images lie beside them. These are left out where the others are to be `labelled`, unless they are most.
@@ -42,6 +43,7 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
     """
     with _listing(folder):
         photographs, border, classes, held_out = found(folder, labelled)
+    _check_both(folder, border, len(photographs) - border)
     check_fits(batch_size, border)
     if labelled:
         check_classes(shown(folder), classes)
@@ -106,11 +108,7 @@ def _checked(
 ) -> tuple[str, ...]:
     """The classes, none where one lacks images; tells the sizes of a set to train on, raises DataError for one too small."""
     counts = [len(part["label"]) for part in (train, test)]
-    if not all(counts):
-        raise DataError(
-            f"{shown(folder)} has too few readable images, {counts[0]} to train on and {counts[1]} to test on; "
-            "add some, two for every class"
-        )
+    _check_both(folder, *counts)
     for part, job in ((train, "train"), (test, "test")):
         present = set(np.unique(part["label"]).tolist())
         if missing := [name for label, name in enumerate(classes) if label not in present]:
@@ -123,6 +121,13 @@ def _checked(
     split = f", a tenth{' of each class' if classes else ''} held out by file name whatever the seed" if held_out else ""
     log.info(f"{counts[0]:,} images to train on, {counts[1]:,} to test on{split}; {kinds}")
     return classes
+
+
+def _check_both(folder: Path, train: int, test: int) -> None:
+    """Raises DataError where there are no images to train on, or none to test on."""
+    if not (train and test):
+        counts = f"{train:,} to train on and {test:,} to test on"
+        raise DataError(f"{shown(folder)} has too few readable images, {counts}; add some, two for every class")
 
 
 def _state(path: Path) -> tuple[int, int, bool]:
