@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import chain, groupby
 from pathlib import Path
@@ -15,8 +16,8 @@ from rotjax.errors import DataError, few
 
 TRAINS, TESTS = ("train", "training"), ("test", "testing", "validation", "valid", "val")  # of several the first counts
 UNDRAWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow opens but leaves to other programs to draw
-RUN = {"recipe.json", "data.json"}  # files that a run's folder has from its beginning
 UNOPENED = {".heic", ".heif"}  # photographs all the same: better counted as unreadable than passed over
+RUN = {"recipe.json", "data.json"}  # files that a run's folder has from its beginning
 
 log = logging.getLogger(__name__)
 
@@ -49,19 +50,21 @@ def everything(folder: Path) -> list[str]:
     Raises DataError where there are none.
     """
     folder = folder.resolve()  # whose parent is another folder, as that of `.` is not
-    files = [file for file in _files(folder) if _suffix(file) in _suffixes()]
-    if not files:
+    files, runs = _contents(folder)
+    _tell(folder, runs)
+    if not (files := _images(files)):
         raise DataError(f"{shown(folder)} holds no images; name a folder of images")
     return sorted(file.relative_to(folder).as_posix() for file in files)
 
 
 def _divided(folder: Path) -> tuple[Path, Path | None]:
     """The folders to train and to test on; `folder` and None where nothing is divided."""
-    subfolders = {path.name.lower(): path for path in _subfolders(folder) if not _of_runs(path)}
+    subfolders = {path.name.lower(): path for path in _subfolders(folder)}
     trains, tests = ([name for name in names if name in subfolders] for names in (TRAINS, TESTS))
-    if not trains and tests and len(tests) == len(subfolders):
+    beside = [path for name, path in subfolders.items() if name not in (*trains[:1], *tests)]
+    if not trains and tests and all(map(_of_runs, beside)):
         raise DataError(f"{shown(folder)} has {few(tests)} but no folder {TRAINS[0]}; add one, or name the folder inside")
-    if not trains or (len(subfolders) > 1 and not tests):  # beside others train is a class of that name
+    if not trains or (not tests and not all(map(_of_runs, beside))):  # beside others train is a class of that name
         return folder, None
     train_root, test_root = subfolders[trains[0]], subfolders[tests[0]] if tests else None
     others = sorted(path.name for path in folder.iterdir() if path not in (train_root, test_root))
@@ -74,11 +77,12 @@ def _divided(folder: Path) -> tuple[Path, Path | None]:
 def _classes(folder: Path, root: Path, labelled: bool) -> tuple[tuple[str, ...], list[Photograph]]:
     """The classes below `root`, or none, and their photographs in the order of their names."""
     beside = sorted(path for path in root.iterdir() if not path.name.startswith(".") and not path.is_dir())
-    below = {top: _files(top) for top in _subfolders(root)}
-    below = {top: files for top, files in below.items() if not _of_runs(top)}
+    contents = {top: _contents(top) for top in _subfolders(root)}
+    _tell(root, list(chain(*(runs for _, runs in contents.values()))))
+    below = {top: files for top, (files, runs) in contents.items() if not runs or _images(files)}
     others = Counter(_suffix(file) for file in chain(beside, *below.values()) if _suffix(file) not in _suffixes())
     strange = few(f"{count:,} {shown(suffix) or 'without'}" for suffix, count in others.most_common())
-    beside, *images = ([file for file in files if _suffix(file) in _suffixes()] for files in (beside, *below.values()))
+    beside, *images = map(_images, (beside, *below.values()))
     within = sum(map(len, images))
     if 0 < within < len(beside):
         move = "to tell the folders apart move the others elsewhere"
@@ -109,20 +113,19 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _of_runs(top: Path) -> bool:
-    """Whether runs are all there is below `top`: it has some, and no image outside them."""
-    some = False
-    for _, folders, names in os.walk(top):
-        if RUN.issubset(names):
-            some = True
-            folders.clear()
-        elif any(_suffix(Path(name)) in _suffixes() for name in names):
-            return False
-    return some
+def _of_runs(folder: Path) -> bool:
+    """Whether there are runs below `folder` and no image outside them."""
+    files, runs = _contents(folder)
+    return bool(runs) and not _images(files)
 
 
-def _files(top: Path) -> list[Path]:
-    """Files anywhere below `top` that are neither hidden nor a run's, whose figures are no photographs.
+def _tell(root: Path, runs: Sequence[Path]) -> None:
+    if runs:
+        log.info(f"left out of {shown(root)}, runs: {few(shown(run.relative_to(root)) for run in runs)}")
+
+
+def _contents(top: Path) -> tuple[list[Path], list[Path]]:
+    """Files that are not hidden anywhere below `top`, and folders of runs, whose files, figures among them, are not listed.
 
     Each folder is entered once, as links may lead back.
     """
@@ -137,14 +140,16 @@ def _files(top: Path) -> list[Path]:
             continue
         entered.add(_identity(where))
         if RUN.issubset(names):
-            runs.append(shown(Path(where).relative_to(top.parent)))
+            runs.append(Path(where))
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(where, name) for name in names if not name.startswith(".")]
-    if runs:
-        log.info(f"left out of {shown(top.parent)}, runs: {few(runs)}")
-    return found
+    return found, runs
+
+
+def _images(files: Iterable[Path]) -> list[Path]:
+    return [file for file in files if _suffix(file) in _suffixes()]
 
 
 def _suffix(file: Path) -> str:
