@@ -38,13 +38,18 @@ def _automatic(mesh: Mesh) -> Mesh:
 def over(mesh: Mesh, function: Callable) -> Callable:
     """`function`, traced over `mesh` also where the caller has set one of the same devices whose axes are explicit.
 
-    Within `jax.shard_map` each device has a call of its own, and there is nothing to distribute.
+    Raises UsageError for arrays on a mesh of other axes, where these are explicit. Within `jax.shard_map` each device has a
+    call of its own, and there is nothing to distribute.
     """
 
     @wraps(function)
     def traced(*args, **kwargs):
         if _in_shard_map():
             return function(*args, **kwargs)
+        for axes in {jax.typeof(x).sharding.mesh.axis_names for x in jax.tree.leaves(args) if _is_explicit(x)}:
+            if axes != mesh.axis_names:
+                meshes = f"arrays lie on a mesh of axes {', '.join(axes)}, this is for one of {', '.join(mesh.axis_names)}"
+                raise UsageError(f"{meshes}; pass the one `mesh=` to init_state, place and the step")
         with jax.sharding.use_abstract_mesh(_automatic(mesh).abstract_mesh):
             return function(*args, **kwargs)
 
@@ -55,10 +60,13 @@ def whole(tree: Any, mesh: Mesh) -> Any:
     """`tree` as a function traced `over` a mesh has it, without the explicit axes of arrays that were made under some."""
 
     def taken(x):
-        explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
-        return jax.lax.with_sharding_constraint(x, replicated(mesh)) if explicit else x
+        return jax.lax.with_sharding_constraint(x, replicated(mesh)) if _is_explicit(x) else x
 
     return jax.tree.map(taken, tree)
+
+
+def _is_explicit(x: Any) -> bool:
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def shared(batch: dict, mesh: Mesh, equally: bool = False) -> dict:

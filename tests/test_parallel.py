@@ -14,7 +14,7 @@ STEPS = """
 import jax, json, numpy as np, optax, rotjax, sys
 from functools import cache, partial
 from pathlib import Path
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 from rotjax import checkpoints
 from rotjax.data.augmentation import train_view
 from rotjax.data.batches import train_picks
@@ -108,8 +108,15 @@ try:
     counted(step, state, {name: array[:30] for name, array in weighted.items()})
 except rotjax.errors.UsageError as error:
     refused = str(error)
+other = jax.make_mesh((4,), ("x",))  # of explicit axes, which the step has to be told
+lying = jax.device_put((state, weighted), NamedSharding(other, P()))
+assert abs(counted(train_step(model, optimizer_of(1.0), other), *lying) / operations["trained"][0] - 1) < 1e-4
+try:
+    counted(step, *lying)
+except rotjax.errors.UsageError as error:
+    strange = str(error)
 results = {"operations": operations, "losses": [float(loss) for loss in losses], "refused": refused, "sights": sights}
-results |= {"made": [made(mesh) for mesh in meshes]}
+results |= {"made": [made(mesh) for mesh in meshes], "strange": strange}
 print(json.dumps(results | {"first": apart(first), "fifth": apart(fifth), "moved": sum(moved, [])}))
 """
 
@@ -143,6 +150,7 @@ def test_each_device_computes_its_share_wherever_a_batch_lies_and_whatever_mesh_
         assert placed > 0 and set(others) == {placed}
     assert differences["losses"] == pytest.approx(differences["losses"][:1] * 4, rel=1e-5)
     assert differences["refused"].startswith("--batch_size=30 cannot be shared among 4 devices; use 32")
+    assert differences["strange"].startswith("arrays lie on a mesh of axes x, this is for one of data; pass the one `mesh=`")
 
 
 def test_several_batches_are_evaluated_and_seen_alike_whatever_mesh_is_set(differences):
