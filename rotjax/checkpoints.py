@@ -65,8 +65,8 @@ def open_checkpoints(directory: str | Path, claim: Callable[[], None] = lambda: 
 def save(checkpoints: Checkpoints, state: TrainState) -> None:
     """Starts an asynchronous save of `state` unless its step is saved; its arrays may be donated once this returns.
 
-    Raises CheckpointError where this save cannot start or the one before it failed, NonFiniteError for a state that would
-    take the place of a sound one and could not be restored.
+    Raises CheckpointError where this save cannot start, where a newer step is there, or where the save before failed, and
+    NonFiniteError for a state that `train_step` marked as not finite: it could not be restored.
     """
     check_finite(state)
     step, directory, size = int(state.step), checkpoints.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -162,10 +162,12 @@ def load_parts(directory: str | Path, step: int, abstract: dict) -> dict:
 
 
 def _begin(directory: Path, step: int, size: int) -> None:
-    """Marks `step` unfinished; raises CheckpointError where its place is taken, or has no room for its `size` in bytes."""
+    """Marks `step` unfinished; raises CheckpointError where it has no place, or no room for its `size` in bytes."""
     if manifests.foreign(directory, step):
         where = f"{directory / str(step)} is in the place of step {step}, and was not saved here"
         raise CheckpointError(f"{where}; move it away, then the same command resumes")
+    if newer := next((other for other in manifests.steps(directory) if other > step and _sound(directory, other)), None):
+        raise CheckpointError(f"{directory} holds step {newer}, so step {step} is not saved there; name another workdir")
     if shutil.disk_usage(directory).free < 1.1 * size:
         room = _room(directory, size)
         raise CheckpointError(f"no room to save step {step} in {directory}: {room}; make room, the same command resumes")
@@ -183,7 +185,7 @@ def _finish(checkpoints: Checkpoints, step: int, size: int, response: ocp.AsyncR
         manifests.finish(directory, step)
         listed = manifests.steps(directory)
         kept = [older for older in listed if older <= step][:KEEP]
-        for other in set(listed) - set(kept):  # what is newer was damaged, or this run would not have begun before it
+        for other in set(listed) - set(kept):  # what is newer is damaged, see `_begin`
             manifests.remove(directory, other)
     except Exception as error:  # of Orbax and TensorStore too
         with suppress(OSError, CheckpointError):  # Orbax may still be writing other parts: then the next run clears away

@@ -90,10 +90,15 @@ def plan(
     step = 0
     if recipe.pretrained is not None:
         donor = Path(recipe.pretrained).expanduser()
+        if "@" in donor.name and not donor.exists():  # what a plan, and `load`, have in its place
+            raise UsageError(f"--pretrained={donor} is the name of a run and a step; give the workdir of that run")
         source = workdirs.read_recipe(donor)
         recipe, step = _inherit(recipe, source, donor)
     given, recipe = recipe, recipe.resolved()
     check(recipe)
+    if recipe.schedule == "steps" and recipe.decay_epochs <= recipe.warmup_epochs and recipe.decay_epochs < recipe.epochs:
+        warmup = f"--warmup_epochs={recipe.warmup_epochs} reaches the first drop of the rate"
+        raise UsageError(f"{warmup}, --decay_epochs={recipe.decay_epochs}; give fewer")
     if source:
         _tell_apart(given, recipe, source)
     check_batch(recipe.batch_size, data_mesh().size)

@@ -145,7 +145,7 @@ class Recipe:
 
         With SGD its weight decay and its learning rate, in proportion to the batch (Goyal et al., 2017), come first. Among
         other epochs than the default, drops of the rate come after the same share of them; a default warmup is at most half
-        of them.
+        of them, and ends before the first drop.
         """
         values = presets.REPORT[self.job] | presets.of_dataset(self.dataset)
         share = values["decay_epochs"] / values["epochs"]
@@ -156,7 +156,10 @@ class Recipe:
             values["learning_rate"] *= (self.batch_size or values["batch_size"]) / presets.SGD_BATCH
         epochs = self.epochs or values["epochs"]
         values["decay_epochs"] = max(round(share * epochs), 1)
-        values["warmup_epochs"] = min(values["warmup_epochs"], epochs // 2)
+        warmups = [values["warmup_epochs"], epochs // 2]
+        if (self.schedule or values["schedule"]) == "steps":
+            warmups.append((self.decay_epochs or values["decay_epochs"]) - 1)
+        values["warmup_epochs"] = min(warmups)
         missing = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None and f.name in values]
         return dataclasses.replace(self, **{name: values[name] for name in missing})
 

@@ -99,6 +99,7 @@ def claimed(workdir: Path, recipe: Recipe, data: Dataset, backbone: dict | None)
             ours = stack.enter_context(locked(workdir / ".lock", str(workdir)))
         except OSError as error:
             raise CheckpointError(f"{workdir} cannot be written ({reason(error)}); name another workdir") from error
+        check_vacant(workdir, recipe)  # again: another run may have come and gone since
         if not path.exists():
             write_json(path, to_json(recipe))
         _same_start(workdir / "data.json", data, backbone)

@@ -144,6 +144,13 @@ def test_C1_a_damaged_step_is_saved_anew_and_does_not_outlive_a_newer_one(tmp_pa
     assert all(not manifests.damage(tmp_path, step) for step in manifests.steps(tmp_path))
 
 
+def test_a_sound_checkpoint_that_is_newer_is_kept_and_the_older_state_refused(tmp_path):
+    saved(tmp_path, 3, 4)
+    with pytest.raises(CheckpointError, match="holds step 4, so step 2 is not saved there; name another workdir"):
+        saved(tmp_path, 2)
+    assert manifests.steps(tmp_path) == [4, 3] and not manifests.unfinished(tmp_path)
+
+
 def test_C3_what_is_only_named_like_a_step_is_left_alone(tmp_path, notes):
     saved(tmp_path, 3)
     for name in ("7", "007", "99999999999999999999", "-1"):

@@ -443,6 +443,8 @@ def test_a_pretrained_run_that_is_not_there_is_refused(data, tmp_path):
 
     with pytest.raises(CheckpointError, match="no recipe.json"):
         plan(tmp_path / "missing")
+    with pytest.raises(UsageError, match="--pretrained=rotation-x@15 is the name of a run and a step; give the workdir of"):
+        plan("rotation-x@15")
     (tmp_path / "recipe.json").write_text("[]")
     with pytest.raises(CheckpointError, match="recipe.json is a file, or below one; name the workdir of a finished run"):
         plan(tmp_path / "recipe.json")
@@ -619,6 +621,22 @@ def test_C7_a_workdir_of_another_recipe_is_refused(pretrained, data):
     assert carry_out(rotjax.Rotation(**SMALL, **listed), data, pretrained) == []
     with pytest.raises(UsageError, match=r"holds another run \(seed 1 -> 2\)"):
         carry_out(rotjax.Rotation(**(SMALL | {"seed": 2})), data, pretrained)
+
+
+def test_F1_a_workdir_that_another_run_took_meanwhile_is_refused(data, tmp_path, monkeypatch):
+    """It came and went between the first look at the folder and its lock."""
+    plans = [rotjax.plan(rotjax.Rotation(**(SMALL | {"seed": seed})), data=data) for seed in (1, 2)]
+    lock = rotjax.workdirs.locked
+
+    def late(*args):
+        monkeypatch.setattr(rotjax.workdirs, "locked", lock)
+        with rotjax.workdirs.claimed(tmp_path / "run", plans[0].recipe, data, None):
+            pass
+        return lock(*args)
+
+    monkeypatch.setattr(rotjax.workdirs, "locked", late)
+    with pytest.raises(UsageError, match=r"holds another run \(seed 1 -> 2\)"):
+        next(rotjax.train(plans[1], tmp_path / "run"))
 
 
 CHANGES = dict(
