@@ -18,8 +18,10 @@ def features(model: Classifier, variables: dict, images: np.ndarray, *, batch_si
     """Spatial means of the feature maps of `images` u8 `[N,H,W,3]`: `stem`, `stage1` to `stage4`, each f32 `[N,D]`.
 
     For nearest neighbours, clustering, linear probes. Uses this process's devices only; each process returns all N. Raises
-    TypeError for pixels that are not uint8, ValueError without any.
+    TypeError for pixels that are not uint8, or a model without `endpoints`, ValueError without any pixels.
     """
+    if not hasattr(type(model), "endpoints"):
+        raise TypeError(f"{type(model).__name__} has no method `endpoints`, the maps of its stages; give a Classifier")
     means = _applied(_means, model, variables, images, batch_size)
     return {name: means[name] for name in STAGES}  # which jax has in the order of the alphabet
 

@@ -47,7 +47,8 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW with weight decay on all parameters, as torch's; those under prefixes `frozen` get no update, decay or state.
 
-    Give these to `create(held=...)` too, or the batch norms among them go on moving their statistics.
+    Give those of them that are the backbone or its stages to `create(held=...)` too, or their batch norms go on moving
+    their statistics.
     """
     return _for_trainable(optax.adamw(schedule, weight_decay=weight_decay), frozen)
 

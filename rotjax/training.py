@@ -29,10 +29,16 @@ def sent(data: Any, batch: dict) -> dict:
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """The loss `[B]` of logits `[B,C]`, with a share `smoothing` of each label spread evenly over the C classes.
 
-    That of a label from C on is NaN.
+    That of a label below 0 or from C on is NaN.
     """
+    labels = _counted(labels, logits.shape[-1])
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return (1 - smoothing) * loss - smoothing * jax.nn.log_softmax(logits).mean(-1) if smoothing else loss
+
+
+def _counted(labels: jax.Array, classes: int) -> jax.Array:
+    """`labels` with those below 0, which JAX would count from the last class, as one that is too large."""
+    return jnp.where(labels < 0, classes, labels)
 
 
 def train_step(
@@ -41,10 +47,11 @@ def train_step(
     """A jitted `(state, batch) -> (state, metrics)`; the input state is donated.
 
     `batch` is `{'image': u8[B,H,W,3], 'label': i32[B]}`, with labels from 0 on, below the number of logits (the loss of
-    larger ones is NaN); `metrics` are the `loss` and `accuracy` of this batch. Under a mesh of several devices batch
-    statistics are the whole batch's, and each device computes its share; UsageError for a batch that they cannot share
-    equally. One process may leave a batch unplaced; with several, pass what `place` yields: an array that nobody placed
-    would be taken for the whole batch, alike in all.
+    others is NaN); `metrics` are the `loss` and `accuracy` of this batch. A `model` that has dropout draws it anew in each
+    step, from the step's number. `mesh` is that of `init_state` and `place`, by default all devices. Under one of several
+    devices batch statistics are the whole batch's, and each device computes its share; UsageError for a batch that they
+    cannot share equally. One process may leave a batch unplaced; with several, pass what `place` yields: an array that
+    nobody placed would be taken for the whole batch, alike in all.
     """
     mesh = mesh or data_mesh()
     step = _step(model, optimizer, loss, mesh)
@@ -87,10 +94,11 @@ def _step(model: nn.Module, optimizer: optax.GradientTransformation, loss: Loss,
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
         batch = shared(batch, mesh, equally=True)
+        drawn = {"dropout": jax.random.fold_in(jax.random.key(0), state.step)}
 
         def objective(params):
             variables = state.variables | {"params": params}
-            logits, updated = apply(variables, batch["image"], train=True, mutable=["batch_stats"])
+            logits, updated = apply(variables, batch["image"], train=True, mutable=["batch_stats"], rngs=drawn)
             losses = loss(logits, batch["label"])
             return losses.mean(), (updated, (logits.argmax(-1) == batch["label"]).sum(dtype=jnp.int32))
 
@@ -138,7 +146,9 @@ def eval_step(model: nn.Module, mesh: Mesh | None = None, *, make: Make = sent) 
         batch = shared(make(data, batch), mesh)
         logits = apply(whole(variables, mesh), batch["image"], train=False)
         losses = cross_entropy(logits, batch["label"])
-        confusion = jnp.zeros((logits.shape[-1],) * 2).at[batch["label"], logits.argmax(-1)].add(batch["weight"])
+        classes = logits.shape[-1]
+        place = _counted(batch["label"], classes), logits.argmax(-1)
+        confusion = jnp.zeros((classes, classes)).at[place].add(batch["weight"])
         return {"loss": (losses * batch["weight"]).sum(), "confusion": confusion}
 
     return jax.jit(over(mesh, step), out_shardings=replicated(mesh))
@@ -147,7 +157,7 @@ def eval_step(model: nn.Module, mesh: Mesh | None = None, *, make: Make = sent) 
 def evaluate(step: Callable[[dict, dict], dict[str, jax.Array]], variables: dict, batches: Iterable[dict]) -> Row:
     """`loss` and `accuracy` over all images by their weights, and the `confusion` matrix i64 `[true, predicted]`, rounded.
 
-    Raises ValueError without a batch, or an image of weight whose label is below the number of logits.
+    Raises ValueError without a batch, or an image of weight whose label is one of the logits'; others make the loss NaN.
     """
     add, results = partial(jax.tree.map, _add), (step(variables, batch) for batch in batches)
     if (first := next(results, None)) is None:
@@ -155,7 +165,7 @@ def evaluate(step: Callable[[dict, dict], dict[str, jax.Array]], variables: dict
     sums = reduce(add, results, first)
     confusion = np.asarray(sums["confusion"], np.float64)
     if not (count := float(confusion.sum())):
-        raise ValueError("no image has a label below the number of logits; give the classes that the network has")
+        raise ValueError("no image has a label from 0 on, below the number of logits; give the classes that the network has")
     return {
         "loss": float(sums["loss"]) / count,
         "accuracy": float(np.trace(confusion)) / count,

@@ -1,5 +1,6 @@
 import hashlib
 import itertools
+import re
 from functools import partial
 
 import jax.numpy as jnp
@@ -193,6 +194,13 @@ def test_a_batch_that_does_not_fit_is_refused(images, size):
 def test_pixels_that_are_not_uint8_are_refused(images, make):
     with pytest.raises(TypeError, match="images are float32; give an array of uint8 pixels"):
         make(images | {"image": images["image"] / np.float32(255)}, tasks.random_turn, 8)
+
+
+@pytest.mark.parametrize("make", [partial(batches.train_batches, steps=1, seed=0), batches.eval_batches])
+@pytest.mark.parametrize("shape", [(48, 8, 6, 3), (48, 3, 8, 8), (48, 8, 8), (48, 8, 8, 4), (48,)])
+def test_images_that_are_no_squares_are_refused(make, shape):
+    with pytest.raises(TypeError, match=re.escape(f"images are of shape {list(shape)}; give squares, [N,H,H,3]")):
+        make({"image": np.zeros(shape, np.uint8)}, tasks.random_turn, 8)
 
 
 @pytest.mark.parametrize("make", [partial(batches.train_batches, steps=1, seed=0), batches.eval_batches])

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -29,6 +30,8 @@ def test_probabilities_are_the_softmax_of_the_logits_whatever_the_batch(images):
         rotjax.probabilities(model, variables, images["image"] / 255)
     with pytest.raises(TypeError, match="images are list; give an array of uint8 pixels"):
         rotjax.probabilities(model, variables, list(images["image"]))
+    with pytest.raises(TypeError, match="Dense has no method `endpoints`, the maps of its stages; give a Classifier"):
+        rotjax.features(nn.Dense(3), {}, images["image"])
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,7 @@ def test_every_image_of_a_folder_gets_its_prediction(workdir, folder, monkeypatc
     assert f"{table}\n{sheet}\n" in out
     with Image.open(sheet) as image:
         assert image.width == 800
+    assert f"left out of {folder}, no images by their suffix: 1 .txt\n" in out
     assert (
         err == "rotjax: 1 of 41 images cannot be read and have no prediction: damaged.png (not an image that Pillow opens)\n"
     )
@@ -113,7 +117,10 @@ def test_the_current_folder_and_the_one_above_are_folders_too(folder, monkeypatc
 
 
 def test_a_folder_without_an_image_that_can_be_read_is_refused_and_leaves_nothing(workdir, tmp_path):
-    with pytest.raises(DataError, match="holds no images; name a folder of images"):
+    with pytest.raises(DataError, match=r"holds no images \(no files\); name a folder of images"):
+        predict.run(workdir, tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(DataError, match=r"holds no images \(1 .txt\); name a folder of images"):
         predict.run(workdir, tmp_path)
     before = sorted(workdir.iterdir())
     (tmp_path / "damaged.png").touch()

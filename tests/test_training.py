@@ -1,5 +1,6 @@
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,12 +91,29 @@ def test_smoothed_labels_are_shared_evenly_over_the_classes(smoothing):
     surprise = -np.asarray(jax.nn.log_softmax(logits))
     expected = (1 - smoothing) * surprise[np.arange(6), labels] + smoothing * surprise.mean(1)
     np.testing.assert_allclose(training.cross_entropy(logits, labels, smoothing), expected, rtol=1e-6)
-    assert np.isnan(training.cross_entropy(logits, labels + 5, smoothing)).all(), "there is no such class"
+    for others in (labels + 5, labels - 5):
+        assert np.isnan(training.cross_entropy(logits, others, smoothing)).all(), "there is no such class"
 
 
 def test_the_schedule_falls_to_a_tenth_at_its_boundaries():
     schedule = rotjax.piecewise(0.01, [30, 60])
     np.testing.assert_allclose([schedule(t) for t in (0, 29, 30, 59, 60)], [1e-2, 1e-2, 1e-3, 1e-3, 1e-4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 10, 16, 45])
+def test_by_default_the_rate_is_reached_before_it_first_falls(images, epochs):
+    data, shape = rotjax.Dataset("noise", ("a", "b", "c"), images, images), dict(width=4, batch_size=12)
+    plan = rotjax.plan(rotjax.Rotation(preset="strong", schedule="steps", epochs=epochs, **shape), data=data)
+    first = next(iter(plan.boundaries), plan.steps)
+    assert max(float(plan.schedule(step)) for step in range(first)) == pytest.approx(plan.recipe.learning_rate)
+
+
+def test_a_warmup_in_which_the_rate_falls_is_refused(images):
+    data, given = rotjax.Dataset("noise", ("a", "b", "c"), images, images), dict(stem="cifar", width=4, batch_size=12)
+    with pytest.raises(UsageError, match="--warmup_epochs=3 reaches the first drop of the rate, --decay_epochs=3; give"):
+        rotjax.plan(rotjax.Rotation(epochs=10, warmup_epochs=3, decay_epochs=3, **given), data=data)
+    for able in (dict(epochs=10, decay_epochs=4), dict(epochs=3, decay_epochs=3), dict(epochs=9, schedule="cosine")):
+        rotjax.plan(rotjax.Rotation(warmup_epochs=3, **able, **given), data=data)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121"])
@@ -202,9 +220,12 @@ def test_evaluation_counts_every_image_once_whatever_the_batch_size(images):
     assert weighted["accuracy"] == pytest.approx(np.trace(confusion) / 48)
     with pytest.raises(ValueError, match="no batch to evaluate on"):
         training.evaluate(step, variables, iter(()))
-    given = images | {"label": images["label"] + 3, "weight": np.ones(48, np.float32)}
-    with pytest.raises(ValueError, match="no image has a label below the number of logits"):
-        training.evaluate(step, variables, [given])
+    for others in (images["label"] + 3, images["label"] - 3):
+        with pytest.raises(ValueError, match="no image has a label from 0 on, below the number of logits"):
+            training.evaluate(step, variables, [images | {"label": others, "weight": np.ones(48, np.float32)}])
+    unknown = np.where(np.arange(48) < 5, -1, images["label"])
+    partly = training.evaluate(step, variables, [images | {"label": unknown, "weight": np.ones(48, np.float32)}])
+    assert np.isnan(partly["loss"]) and partly["confusion"].sum() == 43
     with pytest.raises(UsageError, match="there are labels below 0, of images without a class"):
         rotjax.eval_batches(images | {"label": images["label"] - 1}, tasks.classify, 8)
 
@@ -224,6 +245,30 @@ def test_a_network_learns_how_32_images_were_turned():
     ]
     assert [row["step"] for row in rows if "train_accuracy" in row] == list(range(1, 21))
     assert rows[-1]["train_accuracy"] > 0.95
+
+
+class Dropped(nn.Module):
+    """A head with dropout on a backbone of ours."""
+
+    backbone: nn.Module
+
+    @nn.compact
+    def __call__(self, images, *, train=False):
+        *_, last = self.backbone(images / 255.0, train=train).values()
+        return nn.Dense(4)(nn.Dropout(0.5, deterministic=not train)(last.mean((1, 2))))
+
+
+def test_dropout_of_a_model_of_the_user_s_is_drawn_anew_in_each_step_alike_in_one_dispatch_and_in_several():
+    model, given, still = Dropped(small().backbone), batch(), rotjax.sgd(0.0)
+    step, steps = training.train_step(model, still), training.train_steps(model, still)
+    states = [init_state(still, init_variables(model, 0, 8)) for _ in range(2)]
+    losses = []
+    for _ in range(2):
+        states[0], metrics = step(states[0], given)
+        losses.append(float(metrics["loss"]))
+    assert abs(losses[0] - losses[1]) > 1e-3
+    _, metrics = steps(states[1], jax.tree.map(lambda x: np.stack([x, x]), given))
+    np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
 
 
 def test_rows_come_at_log_steps_and_ends_of_epochs():

@@ -104,6 +104,8 @@ def viewed(data: Arrays, picks: Batches, view: Callable[[Arrays, Arrays], Arrays
 def _checked(data: Arrays, task: tasks.Task) -> Arrays:
     """`data`, with placeholder labels if it has none and `task` needs none."""
     check_pixels(data["image"])
+    if (shape := data["image"].shape)[1:] != (*shape[1:2] * 2, 3):
+        raise TypeError(f"images are of shape {list(shape)}; give squares, [N,H,H,3], as rotjax.data.square makes them")
     if "label" in data:
         if np.shape(data["label"]) != (count := len(data["image"]),):
             raise TypeError(

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from itertools import chain, groupby
 from pathlib import Path
@@ -18,6 +18,7 @@ TRAINS, TESTS = ("train", "training"), ("test", "testing", "validation", "valid"
 UNDRAWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow opens but leaves to other programs to draw
 UNOPENED = {".heic", ".heif"}  # photographs all the same: better counted as unreadable than passed over
 RUN = {"recipe.json", "data.json"}  # files that a run's folder has from its beginning
+STRANGE = "no images by their suffix"
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,11 @@ def everything(folder: Path) -> list[str]:
     """
     folder = folder.resolve()  # whose parent is another folder, as that of `.` is not
     files, runs = _contents(folder)
-    _tell(folder, runs)
+    _tell(folder, "runs", _below(folder, runs))
+    strange = _strange(files)
     if not (files := _images(files)):
-        raise DataError(f"{shown(folder)} holds no images; name a folder of images")
+        raise DataError(f"{shown(folder)} holds no images ({strange or 'no files'}); name a folder of images")
+    _tell(folder, STRANGE, strange)
     return sorted(file.relative_to(folder).as_posix() for file in files)
 
 
@@ -78,10 +81,9 @@ def _classes(folder: Path, root: Path, labelled: bool) -> tuple[tuple[str, ...],
     """The classes below `root`, or none, and their photographs in the order of their names."""
     beside = sorted(path for path in root.iterdir() if not path.name.startswith(".") and not path.is_dir())
     contents = {top: _contents(top) for top in _subfolders(root)}
-    _tell(root, list(chain(*(runs for _, runs in contents.values()))))
+    _tell(root, "runs", _below(root, chain(*(runs for _, runs in contents.values()))))
     below = {top: files for top, (files, runs) in contents.items() if not runs or _images(files)}
-    others = Counter(_suffix(file) for file in chain(beside, *below.values()) if _suffix(file) not in _suffixes())
-    strange = few(f"{count:,} {shown(suffix) or 'without'}" for suffix, count in others.most_common())
+    strange = _strange(chain(beside, *below.values()))
     beside, *images = map(_images, (beside, *below.values()))
     within = sum(map(len, images))
     if 0 < within < len(beside):
@@ -101,8 +103,7 @@ def _classes(folder: Path, root: Path, labelled: bool) -> tuple[tuple[str, ...],
         else:
             log.warning(f"{some} are of no class ({names}; to have classes move them elsewhere): all are taken without")
             classes = ()
-    if strange:
-        log.info(f"left out of {shown(root)}, no images by their suffix: {strange}")
+    _tell(root, STRANGE, strange)
     parts = [(-1, beside), *enumerate(images)]
     return classes, sorted(
         Photograph(file.relative_to(folder).as_posix(), label) for label, files in parts for file in files
@@ -119,9 +120,13 @@ def _of_runs(folder: Path) -> bool:
     return bool(runs) and not _images(files)
 
 
-def _tell(root: Path, runs: Sequence[Path]) -> None:
-    if runs:
-        log.info(f"left out of {shown(root)}, runs: {few(shown(run.relative_to(root)) for run in runs)}")
+def _tell(root: Path, what: str, names: str) -> None:
+    if names:
+        log.info(f"left out of {shown(root)}, {what}: {names}")
+
+
+def _below(root: Path, folders: Iterable[Path]) -> str:
+    return few(shown(folder.relative_to(root)) for folder in folders)
 
 
 def _contents(top: Path) -> tuple[list[Path], list[Path]]:
@@ -150,6 +155,12 @@ def _contents(top: Path) -> tuple[list[Path], list[Path]]:
 
 def _images(files: Iterable[Path]) -> list[Path]:
     return [file for file in files if _suffix(file) in _suffixes()]
+
+
+def _strange(files: Iterable[Path]) -> str:
+    """How many of `files` have each suffix that no image has."""
+    counts = Counter(_suffix(file) for file in files if _suffix(file) not in _suffixes())
+    return few(f"{count:,} {shown(suffix) or 'without'}" for suffix, count in counts.most_common())
 
 
 def _suffix(file: Path) -> str:
