@@ -236,8 +236,7 @@ def cache_compilations() -> None:
     if asked and "://" in asked:  # a bucket, which has permissions of its own
         return
     try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-        folder = Path(asked) if asked else home.expanduser() / "rotjax" / "compiled"
+        folder = Path(asked) if asked else files.cache("compiled")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
         if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -24,7 +23,7 @@ CURVES = {  # of Figure 1: the row of all images, label, colour
 
 def draw(folder: Path, outcomes: Sequence[Outcome]) -> None:
     """Draws in `folder` those of FIGURES that `outcomes` have what is needed for."""
-    with matplotlib.style.context(["default", plots.STYLE]):
+    with plots.styled():
         for name, make in FIGURES.items():
             if figure := make(outcomes):
                 plots.save(figure, folder / name)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -36,7 +35,7 @@ def draw(workdir: Path, plan: Plan) -> None:
     missing = [name for name in FIGURES if processes.of_primary(name in stale)]
     if missing:
         log.info("drawing the figures")
-    with matplotlib.style.context(["default", plots.STYLE]):
+    with plots.styled():
         for name in missing:
             with processes.together():
                 figure = FIGURES[name](run)

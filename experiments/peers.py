@@ -9,7 +9,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from rotjax.data.batches import Arrays
+from rotjax.data.dataset import Arrays
 from rotjax.models.classifier import CIFAR10_MEAN, CIFAR10_STD
 
 LIBRARIES = []  # of torch's operators, whose definitions live as long as they do

@@ -3,8 +3,10 @@
 import io
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -35,6 +37,7 @@ STYLE = {
     "legend.edgecolor": "none",
     "legend.framealpha": 1,
 }
+styled = partial(matplotlib.style.context, ["default", STYLE])  # whatever the user's own defaults are
 
 
 def curves(rows: Sequence[dict], epoch_steps: int, falls: Sequence[int], title: str, tested: str = "test") -> Figure:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib.style
 import numpy as np
 
 import rotjax
@@ -18,7 +17,6 @@ from rotjax import files, processes
 from rotjax.data import photographs
 from rotjax.data.folders import shown
 from rotjax.errors import DataError, UsageError, few
-from rotjax.workdirs import read_recipe
 
 TOGETHER, ROOM = 1024, 2**28  # images in memory at once, and bytes of them
 LISTED = 20  # classes in the printed summary
@@ -47,12 +45,12 @@ def run(pretrained: Path, images: Path, output: Annotated[Path | None, command.d
         where = f"--output={shown(output)} lies in --images={shown(images)}"
         raise UsageError(f"{where}, and its picture would be among them next time; name a folder outside")
     processes.check_devices()
-    recipe, names = read_recipe(pretrained), photographs.listed(images)
+    command.cache_compilations()
+    model, variables, recipe = rotjax.load(pretrained)
+    names = photographs.listed(images)
     stem = f"predictions-{images.resolve().name[:40]}-{command.mark(images)}"
     folder = command.made(output or pretrained, "name another folder, --output")
     table, sheet = (folder / f"{stem}.{kind}" for kind in ("csv", "png"))
-    command.cache_compilations()
-    model, variables, recipe = rotjax.load(pretrained)
     spread = set(np.linspace(0, len(names) - 1, figures.SHOWN).astype(int).tolist())
     guesses, lines, drawn, unreadable = Counter[int](), [], [], []
     seen = command.decoding(predicted(model, variables, recipe, images, names), total=len(names))
@@ -106,7 +104,7 @@ def _draw(path: Path, drawn: Sequence[tuple[np.ndarray, int]], recipe: rotjax.Re
     images, guesses = map(np.array, zip(*drawn, strict=True))
     title = f"Predicted {figures.what(recipe)}"
     caption = f"{plots.short(folder.resolve().name, 40)}: {len(drawn)} of {count:,} images, evenly spaced"
-    with matplotlib.style.context(["default", plots.STYLE]):
+    with plots.styled():
         plots.save(plots.predictions(images, guesses, guesses, recipe.classes, title, caption), path)
 
 

@@ -53,7 +53,7 @@ class ReadError(DataError):
 
 
 class CheckpointError(RotjaxError):
-    """A checkpoint is missing, unusable or cannot be written."""
+    """A file of a run, or of results, is missing, unusable or cannot be written."""
 
     exit_code = 4
 
@@ -65,7 +65,7 @@ class NonFiniteError(RotjaxError):
 
 
 class InUseError(RotjaxError):
-    """Another process is using the workdir."""
+    """Another process is using the workdir, or another file that one at a time may use."""
 
     exit_code = 6
 

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rotjax.data.batches import Arrays, Batches, viewed
+from rotjax.data.batches import Batches, viewed
+from rotjax.data.dataset import Arrays
 from rotjax.errors import UsageError
 from rotjax.parallel import replicated
 from rotjax.planning import Plan

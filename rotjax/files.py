@@ -13,6 +13,11 @@ from rotjax.errors import CheckpointError, reason
 LARGEST = 2**26  # bytes of a JSON file that is believed
 
 
+def cache(name: str) -> Path:
+    """The folder `name` of what may be lost; raises RuntimeError where the user has no home folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rotjax" / name
+
+
 def write(path: Path, content: str | bytes) -> None:
     """Writes all of `content` or nothing; raises CheckpointError where it cannot."""
     partial = path.with_name(path.name + ".partial")

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotjax.data.batches import check_pixels, eval_picks, read
+from rotjax.data.batches import eval_picks, read
+from rotjax.data.dataset import check_pixels
 from rotjax.models.classifier import STAGES, Classifier
 from rotjax.parallel import data_mesh, place, replicated
 

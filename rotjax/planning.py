@@ -10,8 +10,8 @@ import jax
 import optax
 
 from rotjax import checkpoints, optim, workdirs
-from rotjax.data import batches, sources
-from rotjax.data.dataset import Dataset, check_classes
+from rotjax.data import sources
+from rotjax.data.dataset import Dataset, check_classes, check_fits
 from rotjax.errors import UsageError
 from rotjax.models import Classifier
 from rotjax.parallel import check_batch, data_mesh, replicated
@@ -119,7 +119,7 @@ def plan(
     epoch_steps = len(data.train["label"]) // recipe.batch_size
     if isinstance(recipe, Classification):
         recipe, data = _classes(recipe, data)
-    batches.check_fits(recipe.batch_size, len(data.train["label"]))
+    check_fits(recipe.batch_size, len(data.train["label"]))
     if (steps := recipe.epochs * epoch_steps) >= 2**31:
         raise UsageError(f"--epochs={recipe.epochs} of {epoch_steps:,} steps are more than 2,147,483,647; use fewer")
     return Plan(recipe, data, backbone, epoch_steps, min(steps, recipe.max_steps or steps))

@@ -192,14 +192,14 @@ def test_a_batch_that_does_not_fit_is_refused(images, size):
 
 @pytest.mark.parametrize("make", [partial(batches.train_batches, steps=1, seed=0), batches.eval_batches])
 def test_pixels_that_are_not_uint8_are_refused(images, make):
-    with pytest.raises(TypeError, match="images are float32; give an array of uint8 pixels"):
+    with pytest.raises(TypeError, match=r"images are float32\[48, 8, 8, 3\]; give an array of uint8 pixels"):
         make(images | {"image": images["image"] / np.float32(255)}, tasks.random_turn, 8)
 
 
 @pytest.mark.parametrize("make", [partial(batches.train_batches, steps=1, seed=0), batches.eval_batches])
 @pytest.mark.parametrize("shape", [(48, 8, 6, 3), (48, 3, 8, 8), (48, 8, 8), (48, 8, 8, 4), (48,)])
 def test_images_that_are_no_squares_are_refused(make, shape):
-    with pytest.raises(TypeError, match=re.escape(f"images are of shape {list(shape)}; give squares, [N,H,H,3]")):
+    with pytest.raises(TypeError, match=re.escape(f"images are uint8{list(shape)}; give squares in RGB, [N,H,H,3]")):
         make({"image": np.zeros(shape, np.uint8)}, tasks.random_turn, 8)
 
 
@@ -222,7 +222,7 @@ def test_classes_need_labels(images):
 @pytest.mark.parametrize("count", [40, 60])
 def test_each_image_needs_a_label_of_its_own(images, make, count):
     labels = np.arange(count, dtype=np.int32) % 3
-    with pytest.raises(TypeError, match=rf"48 images have labels of shape \[{count}\]; give each image its own"):
+    with pytest.raises(TypeError, match=rf"48 images have labels int32\[{count}\]; give one label each, an integer"):
         make(images | {"label": labels}, tasks.classify, 8)
 
 

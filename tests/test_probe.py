@@ -38,7 +38,7 @@ def test_features_are_the_mean_of_every_map_whatever_the_batch(network, images):
 
 
 def test_features_of_pixels_that_are_not_uint8_are_refused(network, images):
-    with pytest.raises(TypeError, match="images are float64; give an array of uint8 pixels"):
+    with pytest.raises(TypeError, match=r"images are float64\[48, 8, 8, 3\]; give an array of uint8 pixels"):
         rotjax.features(*network, images["image"] / 255)
 
 

@@ -885,6 +885,9 @@ def test_images_without_classes_are_enough_for_rotation_only(data):
         (np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4, int), "RGB"),
         (np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, int), "are 0"),
         (np.zeros((4, 8, 8, 3), np.uint8), np.zeros(3, int), "one label each"),
+        (np.zeros((4, 8, 8, 3), np.uint8), [0, 1, 1, 0], "labels list; give one label each"),
+        (np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4), r"labels float64\[4\]; give one label each"),
+        ([np.zeros((8, 8, 3), np.uint8)] * 4, np.zeros(4, int), "the train images of mine: images are list; give an array"),
         (np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 1, 2, 1]), "label 2 of image 2"),
     ],
 )

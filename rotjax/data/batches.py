@@ -9,9 +9,9 @@ import numpy as np
 from rotjax import parallel
 from rotjax.data import tasks
 from rotjax.data.augmentation import eval_view, train_view
+from rotjax.data.dataset import Arrays, check_arrays, check_fits, unlabelled
 from rotjax.errors import UsageError
 
-Arrays = dict[str, np.ndarray]  # 'image' u8 [N,H,H,3], 'label' i32 [N]; evaluation batches have 'weight' f32 [B] too
 Batches = grain.MapDataset[Arrays]
 
 
@@ -28,8 +28,8 @@ def train_batches(
 ) -> Batches:
     """A Grain dataset of `steps` training batches: the `train_view` of each of `train_picks`.
 
-    Rotations need no labels. Raises TypeError for pixels that are not uint8 or labels that are missing or more or fewer,
-    UsageError for negative labels to classify by; see `train_picks`.
+    Rotations need no labels. Raises TypeError as `check_arrays` does and where labels are missing, UsageError where some are
+    negative, to classify by; see `train_picks`.
     """
     picks = train_picks(len(data["image"]), batch_size, steps, seed=seed, share=share)
     return viewed(_checked(data, task), picks, partial(train_view, task=task, flip=flip, cutout=cutout))
@@ -53,13 +53,6 @@ def train_picks(count: int, batch_size: int, steps: int, *, seed: int, share: sl
         return _pick(seed, epoch, index)
 
     return grain.MapDataset.range(steps).map(pick)
-
-
-def check_fits(batch_size: int, count: int) -> None:
-    """Raises UsageError where a batch has more images than the `count` that there are to train on."""
-    if not 0 < batch_size <= count:
-        asked = f"--batch_size={batch_size} is larger than the training set of {count:,} images"
-        raise UsageError(f"{asked}; lower it to {count} or less, or give more images")
 
 
 def eval_batches(
@@ -103,32 +96,14 @@ def viewed(data: Arrays, picks: Batches, view: Callable[[Arrays, Arrays], Arrays
 
 def _checked(data: Arrays, task: tasks.Task) -> Arrays:
     """`data`, with placeholder labels if it has none and `task` needs none."""
-    check_pixels(data["image"])
-    if (shape := data["image"].shape)[1:] != (*shape[1:2] * 2, 3):
-        raise TypeError(f"images are of shape {list(shape)}; give squares, [N,H,H,3], as rotjax.data.square makes them")
+    check_arrays(data)
     if "label" in data:
-        if np.shape(data["label"]) != (count := len(data["image"]),):
-            raise TypeError(
-                f"{count:,} images have labels of shape {list(np.shape(data['label']))}; give each image its own"
-            )
         if task is tasks.classify and np.min(data["label"], initial=0) < 0:
             raise UsageError("there are labels below 0, of images without a class; leave these out, or give another task")
         return data
     if task is tasks.classify:
         raise TypeError("images have no 'label', i32 [N], to be classified by; give it, or another task")
     return data | {"label": unlabelled(len(data["image"]))}
-
-
-def check_pixels(images: np.ndarray) -> None:
-    """Raises TypeError for what is no array of uint8 pixels."""
-    kind = getattr(images, "dtype", type(images).__name__)
-    if kind != np.uint8:
-        raise TypeError(f"images are {kind}; give an array of uint8 pixels, 0 to 255: the network normalises by itself")
-
-
-def unlabelled(count: int) -> np.ndarray:
-    """Placeholder labels, -1, i32 `[count]`."""
-    return np.full(count, -1, np.int32)
 
 
 def read(batches: Batches, *, start: int = 0, threads: int = 0, ahead: int = 2) -> grain.DatasetIterator[Arrays]:

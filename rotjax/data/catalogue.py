@@ -36,7 +36,7 @@ def command(name: str, data_dir: Path) -> str:
     """What to type to have `name` prepared in `data_dir`."""
     kind, _, config = name.partition("/")
     elsewhere = data_dir != home(None)
-    if name == "cifar10" or (kind == "imagenette" and config in IMAGENETTE):
+    if name in MEGABYTES:
         size = f" --image_size={IMAGENETTE[config]}" if config not in ("", "160px-v2") else ""
         return f"{launcher()}python -m experiments.prepare {kind}{size}" + (
             f" --data_dir={shlex.quote(str(data_dir))}" if elsewhere else ""

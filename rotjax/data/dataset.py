@@ -1,12 +1,14 @@
-"""A loaded data set: arrays for training, arrays for testing, class names."""
+"""A loaded data set: arrays for training, arrays for testing, class names; and what is asked of such arrays."""
 
 import hashlib
 from dataclasses import dataclass, field
 
+import jax
 import numpy as np
 
-from rotjax.data.batches import Arrays, unlabelled
-from rotjax.errors import DataError
+from rotjax.errors import DataError, UsageError
+
+Arrays = dict[str, np.ndarray]  # 'image' u8 [N,H,H,3], 'label' i32 [N]; evaluation batches have 'weight' f32 [B] too
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,14 @@ class Dataset:
                 object.__setattr__(self, part, arrays)
             image, label = arrays["image"], arrays["label"]
             where = f"the {part} images of {self.name}"
-            if image.dtype != np.uint8 or image.ndim != 4 or image.shape[1] != image.shape[2] or image.shape[3] != 3:
-                raise DataError(f"{where} are {image.dtype}{list(image.shape)}; they must be square RGB, uint8 [N,H,H,3]")
+            try:
+                check_arrays(arrays)
+            except TypeError as error:
+                raise DataError(f"{where}: {error}") from error
             if image.shape[1] != self.image_size:
                 raise DataError(f"{where} are {image.shape[1]} px, for training {self.image_size}; they must be of one size")
-            if not len(image) or label.shape != (len(image),) or not np.issubdtype(label.dtype, np.integer):
-                labels = f"{label.dtype}{list(label.shape)}"
-                raise DataError(f"{where} are {len(image)}, their labels {labels}; give at least one, and one label each")
+            if not len(image):
+                raise DataError(f"{where} are 0; give at least one")
             if not self.classes and (label >= 0).any():
                 raise DataError(f"{where} have labels, but the classes have no names; give these, or no labels")
             bad = np.flatnonzero((label < (0 if self.classes else -1)) | (label >= len(self.classes)))
@@ -59,6 +62,41 @@ class Dataset:
     def image_size(self) -> int:
         """Side of the images in pixels."""
         return self.train["image"].shape[1]
+
+
+def unlabelled(count: int) -> np.ndarray:
+    """Placeholder labels, -1, i32 `[count]`."""
+    return np.full(count, -1, np.int32)
+
+
+def check_arrays(arrays: Arrays) -> None:
+    """Raises TypeError for images that are not u8 `[N,H,H,3]`, or labels, if there are any, that are no integers `[N]`."""
+    check_pixels(image := arrays["image"])
+    if image.shape[1:] != (*image.shape[1:2] * 2, 3):
+        raise TypeError(f"images are {_kind(image)}; give squares in RGB, [N,H,H,3], as rotjax.data.square makes them")
+    label = arrays.get("label", unlabelled(len(image)))
+    if getattr(label, "shape", None) != (len(image),) or not np.issubdtype(label.dtype, np.integer):
+        raise TypeError(f"{len(image):,} images have labels {_kind(label)}; give one label each, an integer")
+
+
+def check_pixels(images: np.ndarray) -> None:
+    """Raises TypeError for what is no array of uint8 pixels."""
+    if getattr(images, "dtype", None) != np.uint8:
+        raise TypeError(
+            f"images are {_kind(images)}; give an array of uint8 pixels, 0 to 255: the network normalises by itself"
+        )
+
+
+def _kind(values: object) -> str:
+    """`float32[8, 32, 32, 3]` of an array, else the type."""
+    return f"{values.dtype}{list(values.shape)}" if isinstance(values, (np.ndarray, jax.Array)) else type(values).__name__
+
+
+def check_fits(batch_size: int, count: int) -> None:
+    """Raises UsageError where a batch has more images than the `count` that there are to train on."""
+    if not 0 < batch_size <= count:
+        asked = f"--batch_size={batch_size} is larger than the training set of {count:,} images"
+        raise UsageError(f"{asked}; lower it to {count} or less, or give more images")
 
 
 def check_classes(name: str, classes: tuple[str, ...]) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from rotjax.data.batches import Arrays
+from rotjax.data.dataset import Arrays
 from rotjax.errors import DataError, InUseError, ReadError, in_bytes
-from rotjax.files import digest
+from rotjax.files import cache, digest
 from rotjax.locks import locked
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def decoded(key: str, count: int, image_size: int, records: Records) -> tuple[Ar
     what, needed = f"{count:,} images at {image_size} px", count * image_size**2 * 3
     with ExitStack() as stack:
         try:
-            folder = _home() / key
+            folder = cache("decoded") / key
             if (stored := _read(folder, image_size)) is not None:
                 return stored
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -94,13 +94,9 @@ def ahead(function: Callable, items: Iterable) -> Iterator:
 def listing(key: str) -> Path | None:
     """The file that lists the records without pixels and the reasons, None where nothing is stored under `key`."""
     with suppress(OSError, RuntimeError):
-        if (path := _home() / key / "metadata.json").is_file():
+        if (path := cache("decoded") / key / "metadata.json").is_file():
             return path
     return None
-
-
-def _home() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rotjax" / "decoded"
 
 
 def _read(folder: Path, image_size: int) -> tuple[Arrays, dict[int, str]] | None:

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from rotjax.data.batches import Arrays, check_fits, unlabelled
-from rotjax.data.dataset import Dataset, check_classes
+from rotjax.data.dataset import Arrays, Dataset, check_classes, check_fits, unlabelled
 from rotjax.data.decoded import Record, ahead, decoded, fingerprint, listing
 from rotjax.data.folders import UNOPENED, Photograph, everything, formats, found, shown, unclassed
 from rotjax.data.pixels import square

@@ -13,8 +13,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from rotjax.data import catalogue
-from rotjax.data.batches import Arrays, check_fits
-from rotjax.data.dataset import Dataset, check_classes, held_out
+from rotjax.data.dataset import Arrays, Dataset, check_classes, check_fits, held_out
 from rotjax.data.decoded import Record, ahead, decoded, fingerprint
 from rotjax.data.pixels import square
 from rotjax.errors import DataError
