@@ -352,6 +352,18 @@ def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32():
     }
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_bfloat16_sees_in_an_image_what_float32_does(name):
+    """In one program: of two convolutions and a mean over their maps XLA made NaN on CPUs (jax 0.12)."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    models = [rotjax.create(name, 4, "cifar", width=4, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16)]
+    variables = init_variables(models[0], 0, 32)
+    pairs = [jax.jit(model.apply)(variables, images) for model in models]
+    seen = [rotjax.features(model, variables, images) for model in models]
+    for exact, found in (pairs, *zip(*(one.values() for one in seen), strict=True)):
+        np.testing.assert_allclose(found, exact, atol=0.02 * np.abs(exact).max())
+
+
 def test_a_network_eats_nothing_but_uint8():
     with pytest.raises(TypeError, match="uint8"):
         small().init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))

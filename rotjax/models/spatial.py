@@ -32,6 +32,8 @@ def convolve(
     small = _is_small([-(-size // stride) for size, stride in zip(images.shape[1:3], window_strides, strict=True)])
     if jax.default_backend() != "cpu" and not small:
         return lax.conv_general_dilated(images, kernel, window_strides, padding, **options)
+    if images.dtype.itemsize < 4:  # two of such convolutions that XLA fuses with a mean over maps come to NaN (jax 0.12)
+        images = lax.optimization_barrier(images)
     kernel, strides = _within_reach(kernel, images.shape[1:3]), tuple(window_strides)
     *window, channels, features = kernel.shape
     if window == [1, 1]:
