@@ -1,5 +1,6 @@
 """What trained runs came to, as `experiments.reproduce` and `experiments.control` leave it among the results."""
 
+import math
 import re
 import statistics
 import subprocess
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.rows import ROWS, STRONG, WHOLE
+from experiments.rows import ROWS, STRONG, WHOLE, named
 from rotjax.errors import CheckpointError, reason
 from rotjax.files import read_json, read_rows
 
@@ -51,17 +52,27 @@ class Outcome:
 
 def load(folder: Path) -> list[Outcome]:
     """Every outcome in `folder/runs`: in the order of rows, by variant, the pretext before what starts from it, by seed."""
-    outcomes = []
-    for path in (folder / "runs").glob("*.json"):
-        try:
-            epochs = [row for row in read_rows(path.with_suffix(".jsonl")) if "test_accuracy" in row]
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}l is missing or damaged; remove both, and run again what wrote them") from error
-        try:
-            outcomes.append(Outcome(path.stem, **read_result(path), epochs=epochs))
-        except TypeError as error:  # of a field that is missing, or that is none
-            raise CheckpointError(f"{path} is no result of a run ({reason(error)}); move it elsewhere") from error
-    return sorted(outcomes, key=_place)
+    return sorted(map(_outcome, (folder / "runs").glob("*.json")), key=_place)
+
+
+def _outcome(path: Path) -> Outcome:
+    """What a run left at `path`, and beside it; raises CheckpointError where it would not leave that."""
+    try:
+        rows = read_rows(path.with_suffix(".jsonl"))
+    except CheckpointError:
+        rows = []
+    try:
+        one = Outcome(path.stem, **read_result(path), epochs=[row for row in rows if "test_accuracy" in row])
+        if (name := named(*one.key, one.recipe["max_steps"], one.seed)) != path.stem:
+            raise ValueError(f"but of {name}")
+        if not 0 <= one.score <= 100:
+            raise ValueError(f"accuracy {one.score:.2f}%")
+        whole = len(one.epochs) == math.ceil(one.summary["epochs"]) and one.epochs[-1]["step"] == one.summary["steps"]
+    except (TypeError, KeyError, ValueError) as error:  # of a field that is missing, or that is none
+        raise CheckpointError(f"{path} is no result of a run ({reason(error)}); move it elsewhere") from error
+    if not whole:
+        raise CheckpointError(f"{path}l is missing or damaged; remove both, and run again what wrote them")
+    return one
 
 
 def _place(one: Outcome) -> tuple:

@@ -12,6 +12,7 @@ from experiments import command, tables
 from experiments.outcomes import RESULTS, accuracy, commit, read_result
 from experiments.report import say
 from experiments.rows import Run, runs, shortened
+from rotjax import manifests
 from rotjax.errors import UsageError
 from rotjax.files import read_rows, write, write_json, writing
 from rotjax.locks import held
@@ -88,9 +89,10 @@ def chosen(every: Sequence[Run], only: str) -> list[Run]:
     rows = ", ".join(dict.fromkeys(run.row for run in every))
     for word in words:
         if not _called(word, every):
-            flags = [f"--preset={preset} --seeds=3" for preset in get_args(Preset) if _called(word, runs(3, preset))]
-            shown = f"this is one of {flags[0]}" if flags else "runs are shown by --list"
-            raise UsageError(f"--only: there is no row {word!r}; rows are {rows}, {shown}")
+            more = ((preset, seeds) for seeds in (1, 3) for preset in get_args(Preset))
+            flags = [f"--preset={preset} --seeds={seeds}" for preset, seeds in more if _called(word, runs(seeds, preset))]
+            shown = f"it is one of {flags[0].removesuffix(' --seeds=1')}" if flags else "--list shows their runs"
+            raise UsageError(f"--only: there is no row {word!r} among {rows}; {shown}")
     asked = [run for run in every if not words or run.row in words or run.name in words]
     needed = [run.after for run in asked if run.after]
     return [run for run in every if run in asked or run in needed]
@@ -175,12 +177,13 @@ def overview(asked: Sequence[Run], settings: Settings, running: Run | None = Non
 
 
 def progress(run: Run, workdirs: Path) -> tuple[int, int]:
-    """The step that `run` has got to, as its last row of metrics says, and about how many it has."""
+    """The step that `run` has got to, as its metrics or its checkpoints say, and about how many it has."""
     recipe = run.recipe.resolved()
     total = min(recipe.epochs * (EPOCH_IMAGES[recipe.dataset] // recipe.batch_size), recipe.max_steps or sys.maxsize)
     metrics = workdirs / run.name / "metrics.jsonl"
     rows = read_rows(metrics) if metrics.exists() else []
-    return (rows[-1]["step"] if rows else 0), total
+    saved = manifests.steps(workdirs / run.name / "checkpoints")
+    return max([0, *saved, *(row["step"] for row in rows)]), total
 
 
 def cost(run: Run) -> float:

@@ -46,9 +46,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Tells it from every other run, `<row>-<variant>-<task>-seed<seed>`."""
-        cut = f"first{self.recipe.max_steps}" if self.recipe.max_steps else ""
-        return "-".join(filter(None, (self.row, self.variant, self.recipe.job, cut, f"seed{self.recipe.seed}")))
+        """Tells it from every other run."""
+        return named(*self.key, self.recipe.max_steps, self.recipe.seed)
+
+
+def named(row: str, variant: str, task: str, max_steps: int | None, seed: int) -> str:
+    """`<row>-<variant>-<task>-seed<seed>`, of a run that was stopped early with that step."""
+    return "-".join(filter(None, (row, variant, task, f"first{max_steps}" if max_steps else "", f"seed{seed}")))
 
 
 def every(seeds: int = 1) -> list[Run]:

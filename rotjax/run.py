@@ -118,7 +118,8 @@ def train(
         except _Signalled:
             _save(saved, state)
             checkpoints.wait(saved)
-            where = f"stopped at step {int(state.step)} of {plan.steps}, saved in {workdir}"
+            saving = f"saved in {workdir}" if int(state.step) else "nothing to save yet"
+            where = f"stopped at step {int(state.step)} of {plan.steps}, {saving}"
             raise Stopped(f"{where}; the same command resumes") from None
         views = (plan.steps - first) * recipe.views
         summary = scores | {

@@ -64,7 +64,7 @@ def test_the_strong_rows_are_the_tasks_of_the_reports_by_the_strong_preset():
     assert tuple(rows) == STRONG and {run.recipe.preset for run in rows.values()} == {"strong"}
     assert [run.after and run.after.row for run in rows.values()] == [None, "S1", "S1", None, None]
     assert [run.recipe.frozen for run in rows.values()] == [(), optim.FROZEN["last_block"], (), (), ()]
-    with pytest.raises(UsageError, match="no row '1'; rows are S1, S2a, S3a, S3b, S0,"):
+    with pytest.raises(UsageError, match="no row '1' among S1, S2a, S3a, S3b, S0; it is one of --preset=report$"):
         reproduce.chosen(list(rows.values()), "1")
 
 
@@ -166,6 +166,10 @@ def test_what_is_left_is_shown_with_an_estimate(small, capsys):
     (small.workdirs / other / "metrics.jsonl").write_text('{"step": 2}\n{"step')  # as a full disk cuts a row off
     reproduce.run(dataclasses.replace(small, list=True))
     assert " interrupted at step 2\n" in capsys.readouterr().out
+    (small.workdirs / other / "checkpoints").mkdir()
+    (small.workdirs / other / "checkpoints" / "25.json").touch()  # before the row of the next fifty steps
+    reproduce.run(dataclasses.replace(small, list=True))
+    assert " interrupted at step 25\n" in capsys.readouterr().out
     with locked(small.workdirs / other / ".lock", "the run"):
         reproduce.run(dataclasses.replace(small, list=True))
     assert " running\n" in capsys.readouterr().out
@@ -302,6 +306,39 @@ def test_a_result_that_is_none_is_named_in_a_line(tmp_path, content):
         tables.write(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (lambda path: path.with_suffix(".jsonl").write_text(""), "jsonl is missing or damaged; remove both, and run again"),
+        (lambda path: path.with_suffix(".jsonl").unlink(), "jsonl is missing or damaged; remove both, and run again"),
+        (
+            lambda path: path.with_suffix(".jsonl").write_text(path.with_suffix(".jsonl").read_text()[:9000]),
+            "jsonl is missing or damaged; remove both, and run again",
+        ),
+        (
+            lambda path: [shutil.copy(p, p.with_stem(f"{p.stem} (copy)")) for p in (path, path.with_suffix(".jsonl"))],
+            r"\(copy\).json is no result of a run \(but of 3b-classification-seed0\); move it elsewhere",
+        ),
+        (
+            lambda path: path.write_text(path.read_text().replace('"accuracy": 0.', '"accuracy": 80.')),
+            r"seed0.json is no result of a run \(accuracy 80..*%\); move it elsewhere",
+        ),
+        (
+            lambda path: path.write_text(path.read_text().replace('"accuracy": 0.', '"accuracy": null, "other": 0.')),
+            r"seed0.json is no result of a run \(",
+        ),
+    ],
+)
+def test_a_result_that_is_damaged_or_there_twice_is_named_in_a_line(tmp_path, spoil, line):
+    (tmp_path / "runs").mkdir()
+    for path in (outcomes.RESULTS / "runs").glob("3b-classification-seed0.json*"):
+        shutil.copy(path, tmp_path / "runs")
+    tables.write(tmp_path)
+    spoil(tmp_path / "runs" / "3b-classification-seed0.json")
+    with pytest.raises(CheckpointError, match=line):
+        tables.write(tmp_path)
+
+
 def test_pages_that_are_written_at_once_are_whole(tmp_path):
     (tmp_path / "runs").mkdir()
     for path in (outcomes.RESULTS / "runs").glob("3?-classification-seed0.json*"):
@@ -315,13 +352,14 @@ def test_pages_that_are_written_at_once_are_whole(tmp_path):
 @pytest.mark.parametrize(
     ("word", "remedy"),
     [
-        ("3a-classification-seed1", "this is one of --preset=report --seeds=3"),
-        ("S1", "this is one of --preset=strong --seeds=3"),
-        ("7", "runs are shown by --list"),
+        ("3a-classification-seed1", "it is one of --preset=report --seeds=3"),
+        ("S1", "it is one of --preset=strong"),
+        ("S3b-classification-seed2", "it is one of --preset=strong --seeds=3"),
+        ("7", "--list shows their runs"),
     ],
 )
 def test_a_row_that_is_not_there_is_told_with_what_it_takes(word, remedy):
-    with pytest.raises(UsageError, match=f"^--only: there is no row '{word}'; rows are 1, 2a, .*, {remedy}$"):
+    with pytest.raises(UsageError, match=f"^--only: there is no row '{word}' among 1, 2a, .*, 5b; {remedy}$"):
         reproduce.chosen(runs(), f"1,{word}")
 
 
