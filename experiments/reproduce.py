@@ -91,7 +91,7 @@ def chosen(every: Sequence[Run], only: str) -> list[Run]:
         if not _called(word, every):
             more = ((preset, seeds) for seeds in (1, 3) for preset in get_args(Preset))
             flags = [f"--preset={preset} --seeds={seeds}" for preset, seeds in more if _called(word, runs(seeds, preset))]
-            shown = f"it is one of {flags[0].removesuffix(' --seeds=1')}" if flags else "--list shows their runs"
+            shown = f"give {flags[0].removesuffix(' --seeds=1')}" if flags else "name one, or a run that --list shows"
             raise UsageError(f"--only: there is no row {word!r} among {rows}; {shown}")
     asked = [run for run in every if not words or run.row in words or run.name in words]
     needed = [run.after for run in asked if run.after]

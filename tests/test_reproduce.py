@@ -64,7 +64,7 @@ def test_the_strong_rows_are_the_tasks_of_the_reports_by_the_strong_preset():
     assert tuple(rows) == STRONG and {run.recipe.preset for run in rows.values()} == {"strong"}
     assert [run.after and run.after.row for run in rows.values()] == [None, "S1", "S1", None, None]
     assert [run.recipe.frozen for run in rows.values()] == [(), optim.FROZEN["last_block"], (), (), ()]
-    with pytest.raises(UsageError, match="no row '1' among S1, S2a, S3a, S3b, S0; it is one of --preset=report$"):
+    with pytest.raises(UsageError, match="no row '1' among S1, S2a, S3a, S3b, S0; give --preset=report$"):
         reproduce.chosen(list(rows.values()), "1")
 
 
@@ -352,10 +352,10 @@ def test_pages_that_are_written_at_once_are_whole(tmp_path):
 @pytest.mark.parametrize(
     ("word", "remedy"),
     [
-        ("3a-classification-seed1", "it is one of --preset=report --seeds=3"),
-        ("S1", "it is one of --preset=strong"),
-        ("S3b-classification-seed2", "it is one of --preset=strong --seeds=3"),
-        ("7", "--list shows their runs"),
+        ("3a-classification-seed1", "give --preset=report --seeds=3"),
+        ("S1", "give --preset=strong"),
+        ("S3b-classification-seed2", "give --preset=strong --seeds=3"),
+        ("7", "name one, or a run that --list shows"),
     ],
 )
 def test_a_row_that_is_not_there_is_told_with_what_it_takes(word, remedy):
