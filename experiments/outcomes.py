@@ -67,10 +67,10 @@ def _outcome(path: Path) -> Outcome:
             raise ValueError(f"but of {name}")
         if not 0 <= one.score <= 100:
             raise ValueError(f"accuracy {one.score:.2f}%")
-        whole = len(one.epochs) == math.ceil(one.summary["epochs"]) and one.epochs[-1]["step"] == one.summary["steps"]
+        complete = len(one.epochs) == math.ceil(one.summary["epochs"]) and one.epochs[-1]["step"] == one.summary["steps"]
     except (TypeError, KeyError, ValueError) as error:  # of a field that is missing, or that is none
         raise CheckpointError(f"{path} is no result of a run ({reason(error)}); move it elsewhere") from error
-    if not whole:
+    if not complete:
         raise CheckpointError(f"{path}l is missing or damaged; remove both, and run again what wrote them")
     return one
 

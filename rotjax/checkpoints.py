@@ -166,8 +166,9 @@ def _begin(directory: Path, step: int, size: int) -> None:
     if manifests.foreign(directory, step):
         where = f"{directory / str(step)} is in the place of step {step}, and was not saved here"
         raise CheckpointError(f"{where}; move it away, then the same command resumes")
-    if newer := next((other for other in manifests.steps(directory) if other > step and _sound(directory, other)), None):
-        raise CheckpointError(f"{directory} holds step {newer}, so step {step} is not saved there; name another workdir")
+    newer = [other for other in manifests.steps(directory) if other > step]
+    if sound := next((other for other in newer if not manifests.damage(directory, other)), None):
+        raise CheckpointError(f"{directory} holds step {sound}, so step {step} is not saved there; name another workdir")
     if shutil.disk_usage(directory).free < 1.1 * size:
         room = _room(directory, size)
         raise CheckpointError(f"no room to save step {step} in {directory}: {room}; make room, the same command resumes")

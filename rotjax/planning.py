@@ -96,6 +96,7 @@ def plan(
         recipe, step = _inherit(recipe, source, donor)
     given, recipe = recipe, recipe.resolved()
     check(recipe)
+    # Not in `check`, by which runs are read: of an older rotjax there may be such ones.
     if recipe.schedule == "steps" and recipe.decay_epochs <= recipe.warmup_epochs and recipe.decay_epochs < recipe.epochs:
         warmup = f"--warmup_epochs={recipe.warmup_epochs} reaches the first drop of the rate"
         raise UsageError(f"{warmup}, --decay_epochs={recipe.decay_epochs}; give fewer")

@@ -31,14 +31,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
 
     That of a label below 0 or from C on is NaN.
     """
-    labels = _counted(labels, logits.shape[-1])
+    labels = jnp.where(labels < 0, logits.shape[-1], labels)  # else optax would count them from the last class
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return (1 - smoothing) * loss - smoothing * jax.nn.log_softmax(logits).mean(-1) if smoothing else loss
-
-
-def _counted(labels: jax.Array, classes: int) -> jax.Array:
-    """`labels` with those below 0, which JAX would count from the last class, as one that is too large."""
-    return jnp.where(labels < 0, classes, labels)
 
 
 def train_step(
@@ -146,9 +141,8 @@ def eval_step(model: nn.Module, mesh: Mesh | None = None, *, make: Make = sent) 
         batch = shared(make(data, batch), mesh)
         logits = apply(whole(variables, mesh), batch["image"], train=False)
         losses = cross_entropy(logits, batch["label"])
-        classes = logits.shape[-1]
-        place = _counted(batch["label"], classes), logits.argmax(-1)
-        confusion = jnp.zeros((classes, classes)).at[place].add(batch["weight"])
+        counts = jnp.zeros((logits.shape[-1],) * 2).at[batch["label"], logits.argmax(-1)]
+        confusion = counts.add(batch["weight"], wrap_negative_indices=False)
         return {"loss": (losses * batch["weight"]).sum(), "confusion": confusion}
 
     return jax.jit(over(mesh, step), out_shardings=replicated(mesh))

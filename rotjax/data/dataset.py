@@ -74,7 +74,9 @@ def check_arrays(arrays: Arrays) -> None:
     check_pixels(image := arrays["image"])
     if image.shape[1:] != (*image.shape[1:2] * 2, 3):
         raise TypeError(f"images are {_kind(image)}; give squares in RGB, [N,H,H,3], as rotjax.data.square makes them")
-    label = arrays.get("label", unlabelled(len(image)))
+    if "label" not in arrays:
+        return
+    label = arrays["label"]
     if getattr(label, "shape", None) != (len(image),) or not np.issubdtype(label.dtype, np.integer):
         raise TypeError(f"{len(image):,} images have labels {_kind(label)}; give one label each, an integer")
 
