@@ -187,12 +187,16 @@ def _failed(error: RotjaxError) -> int:
     return error.exit_code
 
 
+class _Interrupted(KeyboardInterrupt):
+    """Where a KeyboardInterrupt itself leaves an `exec`, as of a dataclass being made, Python ends by it, though caught."""
+
+
 def _interrupt(number, frame):
     """Ends what is under way; at a second signal, not an echo of the first, the process."""
     again = second_signal()
     for kind in heeded():
         signal.signal(kind, again)
-    raise KeyboardInterrupt
+    raise _Interrupted
 
 
 def run(recipe: rotjax.Recipe, execution: Execution) -> None:

@@ -39,7 +39,7 @@ def draw(workdir: Path, plan: Plan) -> None:
         for name in missing:
             with processes.together():
                 figure = FIGURES[name](run)
-                if processes.primary():
+                if figure and processes.primary():
                     plots.save(figure, workdir / name)
 
 
@@ -71,9 +71,11 @@ class _Run:
                 yield from zip(batch["image"][there], batch["label"][there], given[there], strict=True)
 
 
-def _curves(run: _Run) -> Figure:
-    recipe, epoch_steps = run.plan.recipe, run.plan.epoch_steps
-    rows = read_rows(run.workdir / "metrics.jsonl")
+def _curves(run: _Run) -> Figure | None:
+    recipe, epoch_steps, path = run.plan.recipe, run.plan.epoch_steps, run.workdir / "metrics.jsonl"
+    if not path.exists():  # it was lost since, which is no reason to go without the other figures
+        return None
+    rows = read_rows(path)
     falls = [step // epoch_steps for step in run.plan.boundaries]
     title = f"{_data(recipe)}: {recipe.backbone} learns to predict {what(recipe)}"
     tested = recipe.tested_on.partition(" ")[0]
@@ -135,7 +137,7 @@ def what(recipe: rotjax.Recipe) -> str:
     return "rotations" if recipe.job == "rotation" else "classes"
 
 
-FIGURES: dict[str, Callable[[_Run], Figure]] = {
+FIGURES: dict[str, Callable[[_Run], Figure | None]] = {
     "curves.png": _curves,
     "predictions.png": _predictions,
     "mistakes.png": _mistakes,

@@ -151,7 +151,7 @@ def load_parts(directory: str | Path, step: int, abstract: dict) -> dict:
         cause: BaseException | None = error
         while cause := cause.__cause__ or cause.__context__:
             if isinstance(cause, KeyboardInterrupt):  # which Orbax takes for a fault of what it reads
-                raise KeyboardInterrupt from None
+                raise cause from None
         raise CheckpointError(f"step {step} in {directory} cannot be loaded: {reason(error)}") from error
     for asked, found in zip(*map(jax.tree.leaves, (abstract, parts)), strict=True):
         if asked.dtype != found.dtype:
@@ -189,10 +189,11 @@ def _finish(checkpoints: Checkpoints, step: int, size: int, response: ocp.AsyncR
         for other in set(listed) - set(kept):  # what is newer is damaged, see `_begin`
             manifests.remove(directory, other)
     except Exception as error:  # of Orbax and TensorStore too
-        with suppress(OSError, CheckpointError):  # Orbax may still be writing other parts: then the next run clears away
+        with suppress(OSError, CheckpointError):
             if processes.primary():
                 checkpoints.claim()
-                manifests.discard(directory, step)
+                manifests.begin(directory, step)  # Orbax may still be writing other parts, which the next run clears away
+                manifests.clear(directory, step)
         if processes.lost(error):
             raise
         raise _unsaved(directory, step, size, error) from error

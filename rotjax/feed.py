@@ -4,7 +4,6 @@ resident there; one or several per dispatch."""
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -51,7 +50,7 @@ class Feed:
         """`data` on the host or on the devices, where batches are made."""
         if self.augment == "host":
             return data
-        return jax.tree.map(partial(jax.make_array_from_process_local_data, replicated(mesh)), data)
+        return jax.make_array_from_process_local_data(replicated(mesh), data)
 
     def stream(self, picks: Batches, view: Make, data: Any) -> Stream:
         """The batches `view(data, pick)`, for `data` from `put`."""
@@ -105,14 +104,6 @@ def sizes(start: int, steps: int, epoch_steps: int, per_dispatch: int) -> Iterat
         whole = place % per_dispatch == 0 and per_dispatch <= min(epoch_steps - place, steps - start)
         yield (size := per_dispatch if whole else 1)
         start += size
-
-
-def programs(start: int, steps: int, epoch_steps: int, per_dispatch: int) -> set[int]:
-    """At least the values that `sizes` yields."""
-    if start >= steps:
-        return set()
-    edges = (start % epoch_steps, epoch_steps, steps % epoch_steps)
-    return {per_dispatch, 1} if any(edge % per_dispatch for edge in edges) else {per_dispatch}
 
 
 def stacked(elements: Iterable[Arrays], sizes: Iterable[int]) -> Iterator[Arrays]:

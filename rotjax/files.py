@@ -43,14 +43,17 @@ def writing(folder: Path, remedy: str = "fix it, the same command resumes") -> I
         raise CheckpointError(f"cannot write in {folder} ({reason(error)}); {remedy}") from error
 
 
-def read_json(path: Path) -> Any:
-    """The content of an untrusted JSON file; raises OSError, or ValueError for malformed content."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in an untrusted JSON file; raises OSError, or ValueError for other content."""
     if path.stat().st_size > LARGEST:
         raise ValueError("it is too large")
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError("it is no JSON object")
+    return values
 
 
 def read_rows(path: Path) -> list[dict]:

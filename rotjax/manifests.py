@@ -68,12 +68,17 @@ def remove(directory: Path, step: int) -> None:
 
 
 def discard(directory: Path, step: int) -> None:
-    """Removes the files of the unfinished `step`, the marker last."""
+    """Removes all that is left of the unfinished `step`, the marker last."""
+    clear(directory, step)
+    (directory / f"{step}.json").unlink(missing_ok=True)
+    (directory / f"{step}.unfinished").unlink(missing_ok=True)
+
+
+def clear(directory: Path, step: int) -> None:
+    """Removes the files of the unfinished `step`, but not its marker."""
     for path in (directory / str(step), *directory.glob(f"{step}.orbax-checkpoint-tmp*")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-    (directory / f"{step}.json").unlink(missing_ok=True)
-    (directory / f"{step}.unfinished").unlink(missing_ok=True)
 
 
 def files(folder: Path) -> list[str]:

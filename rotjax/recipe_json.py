@@ -22,7 +22,7 @@ def from_json(values: dict[str, Any], where: str) -> Recipe:
 
     Raises CheckpointError for what is not a recipe, one of a newer schema, or one with values that no recipe can have.
     """
-    if not isinstance(values, dict) or not isinstance(values.get("schema"), int) or values.get("job") not in list(JOBS):
+    if not isinstance(values.get("schema"), int) or values.get("job") not in list(JOBS):
         raise CheckpointError(f"{where} is not a recipe; point at a workdir that rotjax wrote")
     values = dict(values)
     schema, kind = values.pop("schema"), JOBS[values.pop("job")]

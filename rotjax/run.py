@@ -117,7 +117,8 @@ def train(
             scores = scoring.final_scores(plan, score, state.variables)
         except _Signalled:
             _save(saved, state)
-            checkpoints.wait(saved)
+            with processes.together():
+                checkpoints.wait(saved)
             saving = f"saved in {workdir}" if int(state.step) else "nothing to save yet"
             where = f"stopped at step {int(state.step)} of {plan.steps}, {saving}"
             raise Stopped(f"{where}; the same command resumes") from None
@@ -250,7 +251,7 @@ def _compiled(
     """The train steps of one dispatch, compiled for each number of steps that dispatches from `state` on take."""
     loss = partial(training.cross_entropy, smoothing=plan.recipe.label_smoothing)
     step = training.train_steps(model, optimizer, mesh, make=stream.make, loss=loss)
-    if sizes := feeds.programs(int(state.step), plan.steps, plan.epoch_steps, feed.per_dispatch):
+    if sizes := set(feeds.sizes(int(state.step), plan.steps, plan.epoch_steps, feed.per_dispatch)):
         log.info("compiling the train step")
     first: Any = stream.elements[0]
     (one,) = place([first], mesh)

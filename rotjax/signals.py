@@ -44,10 +44,10 @@ def stopping() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    if not _events:
-        _handlers.enter_context(_handled())
-    _events.append(event)
+    _events.append(event)  # before there are handlers: a signal that they take has an event to set
     try:
+        if len(_events) == 1:
+            _handlers.enter_context(_handled())
         yield event
     finally:
         _events.remove(event)

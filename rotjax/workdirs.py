@@ -33,7 +33,7 @@ def read_recipe(workdir: Path) -> Recipe:
     except NotADirectoryError:
         raise CheckpointError(f"{workdir} is a file, or below one; name the workdir of a finished run") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); name another workdir") from error
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}); bring it back, or name another workdir") from error
     return from_json(values, str(path))
 
 
@@ -41,12 +41,12 @@ def read_summary(workdir: Path) -> dict:
     """The summary of the finished run in `workdir`; raises CheckpointError if it is unfinished or the file is damaged."""
     path = workdir / "summary.json"
     try:
-        if not isinstance(summary := read_json(path), dict):
+        if "confusion" not in (summary := read_json(path)):
             raise ValueError("it is no summary")
     except FileNotFoundError:
         raise CheckpointError(f"{workdir} is not finished; let it train to its end") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); remove it, the same command writes it again") from error
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}); remove it, the same command writes it again") from error
     return summary
 
 
@@ -57,8 +57,11 @@ def check_vacant(workdir: Path, recipe: Recipe) -> None:
     know them yet, are not compared.
     """
     try:
+        os.path.realpath(workdir).encode()  # as Orbax is given it, which fails on another only once it saves
         names = os.listdir(workdir)
     except FileNotFoundError:
+        if os.path.islink(workdir):
+            raise UsageError(f"{workdir} is a link to what is not there; name another workdir") from None
         return
     except NotADirectoryError:
         raise UsageError(f"{workdir} is a file, or below one; name another workdir") from None
@@ -147,7 +150,7 @@ def _same_start(path: Path, data: Dataset, backbone: dict | None) -> None:
         before = {"stream": 1, "backbone": facts["backbone"]} | read_json(path)  # older runs do not know it
         odd = [key for key in facts if facts[key] != before[key]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); name another workdir") from error
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}); bring it back, or name another workdir") from error
     if "stream" in odd:
         streams = f"stream {before['stream']}, here {VERSION}"
         raise DataError(f"{path.parent} was started by a rotjax that draws other crops ({streams}); finish it with that one")

@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, unfinished, strange or do not fit are never taken for sound ones."""
 
 import dataclasses
+import errno
 import gc
 import json
 import os
@@ -292,6 +293,27 @@ def test_C4_a_disk_that_fills_during_a_save_leaves_the_earlier_ones(tmp_path):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "1.json"]
     equal(restored(tmp_path), state(1, 1))
+
+
+def test_C4_what_is_still_written_of_a_save_that_failed_is_cleared_away_later(tmp_path, monkeypatch):
+    """One part failed, while Orbax goes on with the others."""
+    saved(tmp_path, 1)
+    clear = manifests.clear
+
+    def cleared(directory, step):
+        clear(directory, step)
+        (directory / f"{step}.orbax-checkpoint-tmp" / "head").mkdir(parents=True)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(CheckpointError, match=r"step 2 was not saved .*: No space left"):
+        patched.setattr(manifests, "clear", cleared)
+        patched.setattr(manifests, "finish", full)
+        saved(tmp_path, 2)
+    assert (tmp_path / "2.orbax-checkpoint-tmp").exists() and checkpoints.newest(tmp_path) == 1
+    with checkpoints.open_checkpoints(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "1.json"]
 
 
 @pytest.mark.parametrize("place", ["together", "save_checkpointables_async"])

@@ -63,7 +63,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("job", ["rotation", "classification"])
-def test_figures_of_a_run(runs, job):
+def test_figures_of_a_run(runs, job, tmp_path):
     workdir, this, _ = runs[job]
     for name in figures.FIGURES:
         path = workdir / name
@@ -82,6 +82,12 @@ def test_figures_of_a_run(runs, job):
     os.utime(workdir / "curves.png", ns=(0, 0))
     figures.draw(workdir, this)
     assert {path: path.read_bytes() for path in workdir.glob("*.*")} == before, "older than the summary: drawn anew"
+    for name in ("metrics.jsonl", "curves.png"):
+        (workdir / name).rename(tmp_path / name)
+    figures.draw(workdir, this)
+    assert not (workdir / "curves.png").exists(), "what it shows is lost, which is no reason to end"
+    for name in ("metrics.jsonl", "curves.png"):
+        (tmp_path / name).rename(workdir / name)
 
 
 @pytest.mark.parametrize(("first", "scale"), [(3.0, "linear"), (87728.8, "log")])

@@ -187,7 +187,7 @@ def test_C5_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(da
             steps.append(row["step"])
             while row["step"] == 2 and opened[0].pending and not opened[0].pending.done():
                 time.sleep(0.01)
-    assert steps[-1] <= 2 and list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert steps[-1] <= 2 and [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["1.unfinished"]
 
 
 def test_D6_a_run_does_not_go_on_with_other_data(pretrained, data):
@@ -448,8 +448,10 @@ def test_a_pretrained_run_that_is_not_there_is_refused(data, tmp_path):
     (tmp_path / "recipe.json").write_text("[]")
     with pytest.raises(CheckpointError, match="recipe.json is a file, or below one; name the workdir of a finished run"):
         plan(tmp_path / "recipe.json")
-    with pytest.raises(CheckpointError, match="not a recipe"):
-        plan(tmp_path)
+    for content, problem in (("[]", "cannot be read .it is no JSON object.; bring it back, or name"), ("{}", "not a recipe")):
+        (tmp_path / "recipe.json").write_text(content)
+        with pytest.raises(CheckpointError, match=problem):
+            plan(tmp_path)
     recipe = rotjax.plan(rotjax.Rotation(**SMALL), data=data).recipe
     (tmp_path / "recipe.json").write_text(json.dumps(rotjax.recipe_json.to_json(recipe)))
     with pytest.raises(CheckpointError, match="has no checkpoint"):
@@ -749,6 +751,14 @@ def test_F2_a_folder_of_something_else_is_refused(data, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
 
 
+def test_F3_a_name_that_orbax_cannot_be_given_and_a_link_to_nowhere_are_refused_at_once(data, tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, problem in (("caf\udce9", "cannot be one .*; name another"), ("link", "is a link to what is not there; name")):
+        with pytest.raises(UsageError, match=problem):
+            carry_out(rotjax.Rotation(**SMALL), data, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
 def test_F1_a_workdir_in_use_is_refused(pretrained, data):
     plan = rotjax.plan(rotjax.Rotation(**SMALL), data=data)
     with (
@@ -873,6 +883,8 @@ def test_images_without_classes_are_enough_for_rotation_only(data):
     assert rotjax.plan(rotjax.Rotation(**SMALL), data=unlabelled).steps == 12
     with pytest.raises(DataError, match="the train images of noise have labels, but the classes have no names"):
         rotjax.Dataset("noise", (), data.train, data.test)
+    with pytest.raises(DataError, match="the train images of noise: images are NoneType; give an array of uint8"):
+        rotjax.Dataset("noise", ("a", "b"), {"label": data.train["label"]}, data.test)
     with pytest.raises(DataError, match="has no classes"):
         rotjax.plan(rotjax.Classification(**SMALL), data=unlabelled)
 

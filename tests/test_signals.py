@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 
 import rotjax
 from experiments import command, plots
+from rotjax import signals
 from rotjax.signals import ECHO, stopping
 
 FLAGS = ["--dataset=digits", "--stem=cifar", "--image_size=8", "--width=4", "--max_steps=6", "--log_steps=2"]
@@ -151,6 +153,31 @@ def test_a_command_that_is_stopped_says_whether_it_resumes(capsys, resumes, then
         for kind, handler in before.items():
             signal.signal(kind, handler)
     assert capsys.readouterr().err == f"rotjax: stopped; the same command {then}\n"
+
+
+def test_R3_a_signal_while_a_class_is_made_ends_a_command_by_its_exit_code(tmp_path):
+    """Which dataclasses and Flax do by an `exec`: `python -m` would end by SIGINT where a KeyboardInterrupt leaves one."""
+    made = "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)"
+    lines = ("import sys", "from experiments import command", f"sys.exit(command.guarded(lambda: exec({made!r})))")
+    (tmp_path / "job.py").write_text("\n".join(lines))
+    words, paths = [sys.executable, "-m", "job"], f"{Path(__file__).parents[1]}:{tmp_path}"
+    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert done.returncode == 75 and done.stderr == "rotjax: stopped; the same command resumes\n"
+
+
+def test_R3_a_signal_that_comes_with_its_handlers_is_heeded(monkeypatch):
+    handled = signals._handled
+
+    @contextmanager
+    def signalled():
+        with handled():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)  # until all that heed it have
+            yield
+
+    monkeypatch.setattr(signals, "_handled", signalled)
+    with stopping() as event:
+        assert event.wait(9)
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
