@@ -30,7 +30,8 @@ class TrainState:
 
 
 def init_variables(model: nn.Module, seed: int, image_size: int) -> dict:
-    """`{'params', 'batch_stats'}` drawn from `seed`, on the host for every kind of device, by one program for all arrays.
+    """`{'params', 'batch_stats'}` drawn from `seed`, by one program for all arrays: on the host, where JAX has a CPU beside
+    other devices, whose kernels round otherwise.
 
     The fields of `model` have to be hashable: tuples, not lists.
     """

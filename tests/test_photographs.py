@@ -586,6 +586,19 @@ def test_upright_whatever_else_exif_says(folder):
     np.testing.assert_array_equal(only(folder), np.rot90(stored, -1))
 
 
+def test_broken_exif_is_none(folder):
+    stored = np.random.default_rng(1).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    Image.fromarray(stored).save(folder / "a.png", exif=b"Exif\0\0neither II nor MM")
+    np.testing.assert_array_equal(only(folder), stored)
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+def test_the_color_that_a_grey_png_names_transparent_is_white(folder, depth):
+    stored = np.array([10, 90, 200], depth)[:, None].repeat(3, 1) << (8 if depth is np.uint16 else 0)
+    Image.fromarray(stored).save(folder / "a.png", transparency=int(stored[1, 0]))
+    assert only(folder, 3)[:, 0, 0].tolist() == [10, 255, 200]
+
+
 def test_a_jpeg_of_a_hundred_megapixels(folder):
     Image.new("L", (10_400, 10_000), 77).save(folder / "a.jpg")
     assert (only(folder) == 77).all()

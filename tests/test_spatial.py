@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
@@ -60,6 +61,11 @@ def convolutions_agree(size, window, stride):
 def test_max_pool_and_its_ties(size):
     images = np.random.default_rng(size).normal(size=(3, size, size, 4)).round().clip(0).astype(np.float32)
     agree(spatial.max_pool, lambda x: nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))), images)
+
+
+def test_max_pool_of_what_is_no_number_is_none():
+    images = jnp.ones((1, 4, 4, 1)).at[0, 1, 1].set(jnp.nan)
+    np.testing.assert_array_equal(spatial.max_pool(images)[0, :, :, 0], jnp.nan)
 
 
 def test_batch_statistics_in_one_pass_are_those_in_two(monkeypatch):

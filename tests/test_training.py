@@ -93,6 +93,7 @@ def test_smoothed_labels_are_shared_evenly_over_the_classes(smoothing):
     np.testing.assert_allclose(training.cross_entropy(logits, labels, smoothing), expected, rtol=1e-6)
     for others in (labels + 5, labels - 5):
         assert np.isnan(training.cross_entropy(logits, others, smoothing)).all(), "there is no such class"
+    assert np.isnan(training.cross_entropy(np.zeros((1, 200)), np.array([-1], np.int8), smoothing))
 
 
 def test_the_schedule_falls_to_a_tenth_at_its_boundaries():

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,18 +27,17 @@ class Dataset:
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(map(str, self.classes)))  # which may be numbers
         for part in ("train", "test"):
-            arrays = getattr(self, part)
-            if "label" not in arrays:
-                if self.classes:
-                    raise DataError(f"the {part} images of {self.name} have no labels; give one each, or no classes")
-                arrays = {**arrays, "label": unlabelled(len(arrays["image"]))}
-                object.__setattr__(self, part, arrays)
-            image, label = arrays["image"], arrays["label"]
-            where = f"the {part} images of {self.name}"
+            arrays, where = getattr(self, part), f"the {part} images of {self.name}"
             try:
                 check_arrays(arrays)
             except TypeError as error:
                 raise DataError(f"{where}: {error}") from error
+            if "label" not in arrays:
+                if self.classes:
+                    raise DataError(f"{where} have no labels; give one each, or no classes")
+                arrays = {**arrays, "label": unlabelled(len(arrays["image"]))}
+                object.__setattr__(self, part, arrays)
+            image, label = arrays["image"], arrays["label"]
             if image.shape[1] != self.image_size:
                 raise DataError(f"{where} are {image.shape[1]} px, for training {self.image_size}; they must be of one size")
             if not len(image):
@@ -71,7 +71,8 @@ def unlabelled(count: int) -> np.ndarray:
 
 def check_arrays(arrays: Arrays) -> None:
     """Raises TypeError for images that are not u8 `[N,H,H,3]`, or labels, if there are any, that are no integers `[N]`."""
-    check_pixels(image := arrays["image"])
+    image: Any = arrays.get("image")
+    check_pixels(image)
     if image.shape[1:] != (*image.shape[1:2] * 2, 3):
         raise TypeError(f"images are {_kind(image)}; give squares in RGB, [N,H,H,3], as rotjax.data.square makes them")
     if "label" not in arrays:

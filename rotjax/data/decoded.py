@@ -30,7 +30,7 @@ Row = int | str  # of a record its label, or why it has no pixels
 IMAGES, LABELS = "image.raw", "label.npy"
 ROWS = "rows.json"  # of what is not finished
 SAVE_SECONDS = 30  # of decoding that are lost where the process is killed
-DECODER = 2  # to be raised with every change of the pixels that a file gives, or of the files that give some
+DECODER = 3  # to be raised with every change of the pixels that a file gives, or of the files that give some
 KEY = 32  # hexadecimal digits of a fingerprint
 IN_MEMORY = 10**9  # bytes up to which a set that cannot be stored is held in memory
 

@@ -31,11 +31,19 @@ def square(image: Image.Image, size: int) -> np.ndarray:
         raise ValueError(f"this JPEG was loaded at 1/{reduced[0]} of its size, too small for {size} px; open it anew")
     image.draft(None, (2 * size, 2 * size))
     image.load()
-    turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    turn = _turn(image)
     image = _rgb(image if turn is None else image.transpose(turn))
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(image)
+
+
+def _turn(image: Image.Image) -> Transpose | None:
+    """What makes `image` upright; None where it is, or its EXIF cannot be read, which for some formats Pillow raises."""
+    try:
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # of Pillow: whatever odd content leads to
+        return None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -44,6 +52,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image).clip(0, 65535)
         if 0 < values.max() < 4096:
             _warn_of_dark_images()
+        values[values == image.info.get("transparency", -1)] = 65535
         image = Image.fromarray((values >> 8).astype(np.uint8))
     elif image.mode == "F":
         values = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)

@@ -57,7 +57,7 @@ def load(
 
 
 def subset(labels: np.ndarray, per_class: int, seed: int, classes: Sequence[str] = ()) -> np.ndarray:
-    """Indices of `per_class` images of each class, drawn by `seed`, in ascending order; smaller draws lie in larger ones.
+    """Indices of `per_class` images of each class of `labels`, drawn by `seed`, ascending; smaller draws lie in larger ones.
 
     Raises UsageError where a class has fewer, by its name if `classes` are given.
     """

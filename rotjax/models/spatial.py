@@ -161,8 +161,8 @@ def _highest(images):
     best, *windows = _windows(padded, (3, 3), (2, 2))
     place = jnp.zeros(best.shape, jnp.int8)
     for number, window in enumerate(windows, 1):
-        higher = window > best
-        best, place = jnp.where(higher, window, best), jnp.where(higher, jnp.int8(number), place)
+        place = jnp.where(window > best, jnp.int8(number), place)
+        best = jnp.maximum(best, window)
     return best, place
 
 
