@@ -46,7 +46,7 @@ def read_summary(workdir: Path) -> dict:
     except FileNotFoundError:
         raise CheckpointError(f"{workdir} is not finished; let it train to its end") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({reason(error)}); remove it, the same command writes it again") from error
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}); remove it, the same command rewrites it") from error
     return summary
 
 
