@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+import re
 import shutil
 import signal
 import stat
@@ -181,10 +182,17 @@ def guarded(job, resumes: bool = True, smaller: str = SMALLER) -> int:
 
 def _failed(error: RotjaxError) -> int:
     """Says `error`; returns its exit code."""
-    report.complain(report.shortened(" ".join(str(error).split())))
+    report.complain(report.shortened(_as_flags(" ".join(str(error).split()))))
     if isinstance(error, DesertedError):
         os._exit(error.exit_code)  # an orderly exit waits for the process that is gone
     return error.exit_code
+
+
+def _as_flags(line: str) -> str:
+    """`line` with each `name=value` of a recipe or its execution, as the library says it, written as a flag."""
+    kinds = (rotjax.Rotation, rotjax.Classification, Execution)
+    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    return re.sub(rf"(?<![\w/-])({'|'.join(names)})=", r"--\1=", line)
 
 
 class _Interrupted(KeyboardInterrupt):

@@ -127,8 +127,10 @@ def stemmed(model: Any, stem: str) -> Any:
     import torch
 
     if stem == "cifar":
-        first = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        if hasattr(model, "features"):
+        first, dense = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), hasattr(model, "features")
+        mode = "fan_in" if dense else "fan_out"  # torchvision's of all its convolutions
+        torch.nn.init.kaiming_normal_(first.weight, mode=mode, nonlinearity="relu")
+        if dense:
             model.features.conv0, model.features.pool0 = first, torch.nn.Identity()
         else:
             model.conv1, model.maxpool = first, torch.nn.Identity()

@@ -64,7 +64,7 @@ def check(per_dispatch: int | None, threads: int | None) -> None:
     together = COPIES if jax.default_backend() == "cpu" else MOST
     for name, value, least, most in (("steps_per_dispatch", per_dispatch, 1, together), ("threads", threads, 0, MOST)):
         if value is not None and not least <= value <= most:
-            raise UsageError(f"--{name}={value} is out of range; it is at least {least} and here at most {most}")
+            raise UsageError(f"{name}={value} is out of range; it is at least {least} and here at most {most}")
 
 
 def choose(plan: Plan, augment: Where | None, per_dispatch: int | None, threads: int | None) -> Feed:

@@ -94,7 +94,7 @@ def check_batch(batch_size: int, devices: int) -> None:
     """Raises UsageError where so many `devices` cannot share a batch equally."""
     if batch_size % devices:
         nearest = max(1, round(batch_size / devices)) * devices
-        raise UsageError(f"--batch_size={batch_size} cannot be shared among {devices} devices; use {nearest}")
+        raise UsageError(f"batch_size={batch_size} cannot be shared among {devices} devices; use {nearest}")
 
 
 def share(batch_size: int, mesh: Mesh) -> slice:

@@ -84,22 +84,22 @@ def plan(
         recipe = dataclasses.replace(recipe, dataset=sources.canonical(recipe.dataset))
     else:
         if recipe.image_size not in (None, data.image_size):
-            raise UsageError(f"--image_size={recipe.image_size} contradicts data of {data.image_size} px; leave it out")
+            raise UsageError(f"image_size={recipe.image_size} contradicts data of {data.image_size} px; leave it out")
         recipe = dataclasses.replace(recipe, dataset=data.name, image_size=data.image_size)
     donor = source = None
     step = 0
     if recipe.pretrained is not None:
         donor = Path(recipe.pretrained).expanduser()
         if "@" in donor.name and not donor.exists():  # what a plan, and `load`, have in its place
-            raise UsageError(f"--pretrained={donor} is the name of a run and a step; give the workdir of that run")
+            raise UsageError(f"pretrained={donor} is the name of a run and a step; give the workdir of that run")
         source = workdirs.read_recipe(donor)
         recipe, step = _inherit(recipe, source, donor)
     given, recipe = recipe, recipe.resolved()
     check(recipe)
     # Not in `check`, by which runs are read: of an older rotjax there may be such ones.
     if recipe.schedule == "steps" and recipe.decay_epochs <= recipe.warmup_epochs and recipe.decay_epochs < recipe.epochs:
-        warmup = f"--warmup_epochs={recipe.warmup_epochs} reaches the first drop of the rate"
-        raise UsageError(f"{warmup}, --decay_epochs={recipe.decay_epochs}; give fewer")
+        warmup = f"warmup_epochs={recipe.warmup_epochs} reaches the first drop of the rate"
+        raise UsageError(f"{warmup}, decay_epochs={recipe.decay_epochs}; give fewer")
     if source:
         _tell_apart(given, recipe, source)
     check_batch(recipe.batch_size, data_mesh().size)
@@ -122,7 +122,7 @@ def plan(
         recipe, data = _classes(recipe, data)
     check_fits(recipe.batch_size, len(data.train["label"]))
     if (steps := recipe.epochs * epoch_steps) >= 2**31:
-        raise UsageError(f"--epochs={recipe.epochs} of {epoch_steps:,} steps are more than 2,147,483,647; use fewer")
+        raise UsageError(f"epochs={recipe.epochs} of {epoch_steps:,} steps are more than 2,147,483,647; use fewer")
     return Plan(recipe, data, backbone, epoch_steps, min(steps, recipe.max_steps or steps))
 
 
@@ -151,7 +151,7 @@ def _inherit(recipe: Recipe, source: Recipe, donor: Path) -> tuple[Recipe, int]:
     inherited = {name: getattr(source, name) for name in NETWORK}
     for name, value in inherited.items():
         if getattr(recipe, name) not in (None, value):
-            raise UsageError(f"--{name}={getattr(recipe, name)} contradicts {donor}, which has {value}; leave --{name} out")
+            raise UsageError(f"{name}={getattr(recipe, name)} contradicts {donor}, which has {value}; leave it out")
     if recipe.dataset == source.dataset and recipe.validation > source.validation:
         log.warning(f"the backbone of {donor} was pretrained on the validation images too, without their labels")
     return dataclasses.replace(recipe, **inherited, pretrained=f"{source.name}@{step}"), step

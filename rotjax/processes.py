@@ -40,7 +40,7 @@ def join() -> None:
         )
     except (ValueError, RuntimeError) as error:
         raise UsageError(
-            f"--distributed finds no other processes ({reason(error)}); start it by srun or mpirun, or set"
+            f"no other processes are found ({reason(error)}); start it by srun or mpirun, or set"
             " JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
     check_devices()

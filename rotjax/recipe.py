@@ -58,7 +58,7 @@ class Recipe:
     schedule: Literal["steps", "cosine"] = DEFERRED
     """steps: the learning rate is divided by 10 every decay_epochs; cosine: cosine decay to 0."""
     decay_epochs: int = DEFERRED
-    """Epochs between the drops of --schedule=steps; by default in proportion to --epochs."""
+    """Epochs between the drops of the schedule in steps; by default in proportion to all epochs."""
     warmup_epochs: int = DEFERRED
     """Epochs of linear warmup from 0 to learning_rate."""
     weight_decay: float = DEFERRED
@@ -213,37 +213,37 @@ JOBS: dict[str, type[Recipe]] = {"rotation": Rotation, "classification": Classif
 
 
 def check(recipe: Recipe, resolved: bool = True) -> None:
-    """Raises UsageError for the first value of another type or out of range, naming its flag.
+    """Raises UsageError for the first value of another type or out of range, naming its field.
 
     A recipe that is not `resolved` yet may have values that are None.
     """
     for field in dataclasses.fields(recipe):
         value, hint = getattr(recipe, field.name), field.type
         if not _fits(value, hint) and (resolved or value is not None):
-            given, one = f"--{field.name}={str(value)[:40]}", hint.__name__ if isinstance(hint, type) else hint
+            given, one = f"{field.name}={str(value)[:40]}", hint.__name__ if isinstance(hint, type) else hint
             if get_origin(hint) is Literal:
                 raise UsageError(f"{given} is none of {', '.join(get_args(hint))}; give one of them")
             raise UsageError(f"{given} is of type {type(value).__name__}; give {one}")
     if bool(recipe.mean) != bool(recipe.std):
-        raise UsageError("--mean and --std go together; give both or neither")
+        raise UsageError("mean and std go together; give both or neither")
     for name, (least, most) in BOUNDS.items():
         value = getattr(recipe, name, None)
         if value is not None and not value >= least:  # nan is not either
-            raise UsageError(f"--{name}={value} is too small; it is at least {least}")
+            raise UsageError(f"{name}={value} is too small; it is at least {least}")
         if value is not None and value > most:
-            raise UsageError(f"--{name}={value} is too large; it is at most {most}")
+            raise UsageError(f"{name}={value} is too large; it is at most {most}")
     for name, low in {"learning_rate": "above", "weight_decay": "at least"}.items():
         value = getattr(recipe, name)
         if value is not None and not (math.isfinite(value) and (value > 0 or (value == 0 and low == "at least"))):
-            raise UsageError(f"--{name}={value} is out of range; it is a finite number {low} 0")
+            raise UsageError(f"{name}={value} is out of range; it is a finite number {low} 0")
     if not all(math.isfinite(value) for value in recipe.mean or ()):
-        raise UsageError(f"--mean is {recipe.mean}; means are finite numbers")
+        raise UsageError(f"mean={recipe.mean} is no mean; means are finite numbers")
     if not all(math.isfinite(value) and value > 0 for value in recipe.std or ()):
-        raise UsageError(f"--std is {recipe.std}; standard deviations are finite numbers above 0")
+        raise UsageError(f"std={recipe.std} is no deviation; standard deviations are finite numbers above 0")
     if None not in (recipe.warmup_epochs, recipe.epochs) and recipe.warmup_epochs > recipe.epochs:
-        raise UsageError(f"--warmup_epochs={recipe.warmup_epochs} is more than --epochs={recipe.epochs}; give fewer")
+        raise UsageError(f"warmup_epochs={recipe.warmup_epochs} is more than epochs={recipe.epochs}; give fewer")
     if recipe.image_size is not None and recipe.image_size < 32 and recipe.stem == "imagenet":
-        raise UsageError(f"--image_size={recipe.image_size} is too small for the imagenet stem; use 32 or --stem=cifar")
+        raise UsageError(f"image_size={recipe.image_size} is too small for the imagenet stem; use 32 or stem=cifar")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -138,7 +138,7 @@ def train(
 def check_cadence(log_steps: int, checkpoint_seconds: float) -> None:
     """Raises UsageError for a number out of range."""
     if log_steps < 1 or not checkpoint_seconds >= 0:
-        raise UsageError("--log_steps is at least 1 and --checkpoint_seconds at least 0")
+        raise UsageError("log_steps is at least 1 and checkpoint_seconds at least 0")
 
 
 def _facts(plan: Plan, mesh: Mesh) -> dict:

@@ -31,8 +31,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
 
     That of a label below 0 or from C on is NaN.
     """
-    no_class = jnp.int32(logits.shape[-1])  # optax would count a label below 0 from the last class
-    labels = jnp.where(labels < 0, no_class, labels)
+    labels = jnp.asarray(labels).astype(jnp.int32)  # of 8 bits it could not be made C, of 32 without a sign not be below 0
+    labels = jnp.where(labels < 0, logits.shape[-1], labels)  # optax would count those below 0 from the last class
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return (1 - smoothing) * loss - smoothing * jax.nn.log_softmax(logits).mean(-1) if smoothing else loss
 

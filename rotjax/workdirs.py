@@ -68,7 +68,7 @@ def check_vacant(workdir: Path, recipe: Recipe) -> None:
     except PermissionError as error:
         raise CheckpointError(f"{workdir} cannot be read ({reason(error)}); name another workdir") from error
     except (OSError, ValueError) as error:  # of a name that no folder can have
-        raise UsageError(f"--workdir={workdir} cannot be one ({reason(error)}); name another workdir") from error
+        raise UsageError(f"workdir={workdir} cannot be one ({reason(error)}); name another workdir") from error
     if "recipe.json" in names:
         saved = read_recipe(workdir)
         moved = _is_moved(saved.dataset, recipe.dataset)  # whether its images are the same, `data.json` tells

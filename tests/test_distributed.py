@@ -57,7 +57,7 @@ def first_step(folder):
     found |= {"label": np.concatenate([seen[t]["label"] for t in range(2)]), "pixels": batch["image"], "made": made}
     found["score"] = scores
     if not processes.alone():
-        with pytest.raises(UsageError, match="--batch_size=33 cannot be shared among 2 devices; use 32"):
+        with pytest.raises(UsageError, match="batch_size=33 cannot be shared among 2 devices; use 32"):
             rotjax.train_batches(data, rotjax.random_turn, 33, 2, seed=0)
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
     np.savez(folder / f"{jax.process_index()}.npz", **flat)
@@ -206,7 +206,7 @@ def test_processes_that_nobody_names_are_asked_for():
     line = [sys.executable, "-c", "from experiments.command import *; from rotjax import processes; guarded(processes.join)"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "OMPI", "KUBERNETES"))}
     done = subprocess.run(line, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False)
-    assert "--distributed finds no other processes" in done.stderr and "JAX_COORDINATOR_ADDRESS" in done.stderr
+    assert "no other processes are found" in done.stderr and "JAX_COORDINATOR_ADDRESS" in done.stderr
     assert len(done.stderr.splitlines()) == 1 and len(done.stderr) < 300
 
 

@@ -240,7 +240,7 @@ def test_unknown_names(tmp_path, no_network, name, expected):
 
 def test_not_prepared(tmp_path, monkeypatch, no_network):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    free = "(--dataset=digits needs nothing)"
+    free = "(dataset=digits needs nothing)"
 
     def line(name, image_size=32, data_dir=None):
         with pytest.raises(DataError) as caught:

@@ -154,11 +154,14 @@ def test_round_trip_of_torchvisions_state(build, name):
         np.testing.assert_array_equal(array, state[key], err_msg=key)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "densenet121"])
-def test_initial_distributions(torch, networks, name):
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [("resnet18", "imagenet"), ("resnet18", "cifar"), ("resnet50", "imagenet"), ("densenet121", "imagenet")],
+)
+def test_initial_distributions(torch, networks, name, stem):
     torch.manual_seed(0)
-    theirs = state_of(getattr(networks, name)(num_classes=1000))
-    init = jax.jit(rotjax.create(name, 1000).init)
+    theirs = state_of(peers.stemmed(getattr(networks, name)(num_classes=1000), stem))
+    init = jax.jit(rotjax.create(name, 1000, stem=stem).init)
     ours = export_weights(name, init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.uint8)))
     for key, mine in ours.items():
         if np.ptp(theirs[key]) == 0:

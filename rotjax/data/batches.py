@@ -72,7 +72,7 @@ def eval_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: sli
     Raises UsageError for a batch size or a seed out of range.
     """
     if batch_size < 1:
-        raise UsageError(f"--batch_size={batch_size} is too small; it is at least 1")
+        raise UsageError(f"batch_size={batch_size} is too small; it is at least 1")
     _check_seed(seed)
     share = _own(batch_size) if share is None else share
 
@@ -86,7 +86,7 @@ def eval_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: sli
 
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**32:
-        raise UsageError(f"--seed={seed} is out of range; it is at least 0 and below {2**32:,}")
+        raise UsageError(f"seed={seed} is out of range; it is at least 0 and below {2**32:,}")
 
 
 def viewed(data: Arrays, picks: Batches, view: Callable[[Arrays, Arrays], Arrays]) -> Batches:

@@ -22,7 +22,7 @@ def home(data_dir: str | Path | None) -> Path:
     try:
         return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     except RuntimeError as error:
-        raise UsageError(f"this user has no home folder ({error}); name the folder of data sets, --data_dir") from error
+        raise UsageError(f"this user has no home folder ({error}); name the folder of data sets, data_dir=FOLDER") from error
 
 
 def qualified(name: str, image_size: int) -> str:
@@ -74,7 +74,7 @@ def _folders(folder: Path) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise DataError(f"{folder} cannot be read ({reason(error)}); name another --data_dir") from error
+        raise DataError(f"{folder} cannot be read ({reason(error)}); name another data_dir") from error
 
 
 def _configs(kind: str) -> list[str]:
@@ -112,7 +112,7 @@ def _absent(name: str, data_dir: Path) -> RotjaxError:
     others = f" ({', '.join(there)} is)" if there else ""
     todo = f"run: {command(name, data_dir)}"
     if name in MEGABYTES:
-        todo += f" (downloads {MEGABYTES[name]} MB; --dataset=digits needs nothing)"
+        todo += f" (downloads {MEGABYTES[name]} MB; dataset=digits needs nothing)"
     elif data_dir != home(None):  # the command, which is long, says where
         return DataError(f"{name} is not prepared{others}; {todo}")
     return DataError(f"{name} is not prepared in {where}{others}; {todo}")

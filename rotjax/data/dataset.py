@@ -98,7 +98,7 @@ def _kind(values: object) -> str:
 def check_fits(batch_size: int, count: int) -> None:
     """Raises UsageError where a batch has more images than the `count` that there are to train on."""
     if not 0 < batch_size <= count:
-        asked = f"--batch_size={batch_size} is larger than the training set of {count:,} images"
+        asked = f"batch_size={batch_size} is larger than the training set of {count:,} images"
         raise UsageError(f"{asked}; lower it to {count} or less, or give more images")
 
 
@@ -114,5 +114,5 @@ def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
     mask = np.zeros(len(labels), bool)
     for kind in np.unique(labels):
         rows = order[labels[order] == kind]
-        mask[rows[: max(int(len(rows) * fraction), int(len(rows) > 1))]] = True
+        mask[rows[: max(int(len(rows) * fraction + 1e-9), int(len(rows) > 1))]] = True
     return mask

@@ -67,7 +67,7 @@ def subset(labels: np.ndarray, per_class: int, seed: int, classes: Sequence[str]
     if counts.min() < per_class:
         least = kinds[counts.argmin()]
         few = f"the {counts.min()} images of class {shown(classes[least]) if classes else least}"
-        raise UsageError(f"--subset={per_class} is more than {few}; use at most that")
+        raise UsageError(f"subset={per_class} is more than {few}; use at most that")
     return np.sort(np.concatenate([order[labels[order] == kind][:per_class] for kind in kinds]))
 
 
@@ -77,10 +77,11 @@ def validated(data: Dataset, fraction: float) -> Dataset:
     Raises UsageError where there is nothing to take, or the images are too many to be copied.
     """
     if (size := data.train["image"].nbytes) > IN_MEMORY:
-        raise UsageError(f"--validation copies {in_bytes(size)} of images into memory; put some into a folder val instead")
+        copies = f"validation={fraction} copies {in_bytes(size)} of images into memory"
+        raise UsageError(f"{copies}; put some into a folder val instead")
     mask = held_out(data.train["label"], fraction)
     if not mask.any():
-        raise UsageError(f"--validation={fraction}: no class has two images to train on; leave it out")
+        raise UsageError(f"validation={fraction}: no class has two images to train on; leave it out")
     train, test = ({key: value[rows] for key, value in data.train.items()} for rows in (~mask, mask))
     log.info(f"{mask.sum():,} of {len(mask):,} training images stand in for the test images")
     return dataclasses.replace(data, train=train, test=test)
