@@ -10,8 +10,9 @@ import signal
 import stat
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -43,6 +44,7 @@ ResultsDir = Annotated[Path, default("experiments/results of the clone, else ./r
 
 SMALLER = "free the device of other programs, or use one with more memory"
 FEW = 200  # steps of a run
+QUIET = 30  # seconds
 THIN = 32  # images of a batch for each device
 HOW = ("log_steps", "checkpoint_seconds", "augment", "steps_per_dispatch", "threads")  # of `rotjax.train`
 
@@ -237,9 +239,20 @@ def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Pla
     return workdir, plan
 
 
-def decoding(records, total: int | None = None):
-    """A bar while images are decoded."""
-    return tqdm(records, desc="decoding", total=total, unit=" images", leave=False, disable=None)
+def decoding(records: Iterable, total: int | None = None) -> Iterable:
+    """`records`, with a bar while they are decoded; where no terminal shows it, with a line every `QUIET` seconds."""
+    if sys.stderr and sys.stderr.isatty():
+        return tqdm(records, desc="decoding", total=total, unit=" images", leave=False)
+    return _told(records, len(records) if isinstance(records, Sized) else total or 0)
+
+
+def _told(records: Iterable, total: int) -> Iterator:
+    last = time.monotonic()
+    for number, record in enumerate(records):
+        if time.monotonic() - last > QUIET:
+            log.info(f"decoded {number:,} of {total:,} images")
+            last = time.monotonic()
+        yield record
 
 
 def cache_compilations() -> None:

@@ -83,20 +83,23 @@ def _place(one: Outcome) -> tuple:
 
 def controls(folder: Path) -> dict[str, dict[str, Any]]:
     """What `experiments.control` left of each run that PyTorch has trained too, by name."""
-    return {path.stem: read_result(path) for path in sorted((folder / "controls").glob("*.json"))}
+    return {path.stem: read_result(path, "summary") for path in sorted((folder / "controls").glob("*.json"))}
 
 
 def probes(folder: Path) -> list[dict[str, Any]]:
     """What `experiments.probe` left of each run and data set, by name."""
-    return [read_result(path) for path in sorted((folder / "probes").glob("*.json"))]
+    return [read_result(path, "run", "accuracy", "stages") for path in sorted((folder / "probes").glob("*.json"))]
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """The content of a result's JSON, an object; raises CheckpointError."""
+def read_result(path: Path, *fields: str) -> dict[str, Any]:
+    """The content of a result's JSON, an object; raises CheckpointError, also where it lacks one of `fields`."""
     try:
-        return read_json(path)
+        result = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({reason(error)}); remove it, and run again what wrote it") from error
+    if missing := [name for name in fields if name not in result]:
+        raise CheckpointError(f"{path} is no such result, without {', '.join(missing)}; move it elsewhere")
+    return result
 
 
 def accuracy(summary: dict) -> float:

@@ -75,7 +75,7 @@ def run(pretrained: Path, images: Path, output: Annotated[Path | None, command.d
         say(f"{count:9,}  {shown(recipe.classes[guess])}")
     if len(guesses) > LISTED:
         say(f"{'':9}  and {len(guesses) - LISTED} more")
-    say(f"\n{table}\n{sheet}")
+    say(f"\n{shown(table)}\n{shown(sheet)}")
 
 
 def predicted(

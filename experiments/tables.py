@@ -39,11 +39,13 @@ def run(results: command.ResultsDir = RESULTS) -> None:
 
 
 def check(folder: Path, there: bool = False) -> None:
-    """Raises UsageError where `folder` can hold no results, or has a page that was not made of some."""
+    """Raises UsageError where `folder` can hold no results, or has a page that was not made of some; CheckpointError."""
     command.check_folder("results", folder, there)
     page = folder / "README.md"
     if page.is_file() and not page.read_bytes().startswith(TITLE.encode()):
         raise UsageError(f"--results={folder} holds a README.md that is not of results; name another folder")
+    for read in (controls, probes):  # as `write` will: now, before there is anything to lose
+        read(folder)
 
 
 def old(folder: Path) -> bool:

@@ -225,7 +225,7 @@ def check(recipe: Recipe, resolved: bool = True) -> None:
                 raise UsageError(f"{given} is none of {', '.join(get_args(hint))}; give one of them")
             raise UsageError(f"{given} is of type {type(value).__name__}; give {one}")
     if bool(recipe.mean) != bool(recipe.std):
-        raise UsageError("mean and std go together; give both or neither")
+        raise UsageError(f"mean={recipe.mean} and std={recipe.std} go together; give both or neither")
     for name, (least, most) in BOUNDS.items():
         value = getattr(recipe, name, None)
         if value is not None and not value >= least:  # nan is not either

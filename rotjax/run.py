@@ -137,8 +137,9 @@ def train(
 
 def check_cadence(log_steps: int, checkpoint_seconds: float) -> None:
     """Raises UsageError for a number out of range."""
-    if log_steps < 1 or not checkpoint_seconds >= 0:
-        raise UsageError("log_steps is at least 1 and checkpoint_seconds at least 0")
+    for name, value, least in (("log_steps", log_steps, 1), ("checkpoint_seconds", checkpoint_seconds, 0)):
+        if not value >= least:  # nan is not either
+            raise UsageError(f"{name}={value} is too small; it is at least {least}")
 
 
 def _facts(plan: Plan, mesh: Mesh) -> dict:

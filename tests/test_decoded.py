@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import rotjax
-from rotjax.data.decoded import decoded, fingerprint
+from rotjax.data.decoded import before, decoded, fingerprint
 from rotjax.errors import DataError
 
 SIZE = 8
@@ -178,14 +178,14 @@ def test_R3_a_decode_that_is_stopped_goes_on_where_it_was(home, notes):
 
 def test_R3_a_decode_that_is_stopped_once_all_is_decoded_is_finished(home, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr("rotjax.data.decoded.digest", lambda path: next(stopped(5)))
+        patched.setattr("rotjax.data.storage.digest", lambda path: next(stopped(5)))
         stop()
     check(decoded(KEY, 6, SIZE, lambda start: records(start)[: 6 - start]))
 
 
 def die(connection, home):
     os.environ["XDG_CACHE_HOME"] = str(home)
-    rotjax.data.decoded.SAVE_SECONDS = -1
+    rotjax.data.storage.SAVE_SECONDS = -1
     decoded(KEY, 6, SIZE, lambda start: (os.kill(os.getpid(), 9) if n == 4 else r for n, r in enumerate(records())))
 
 
@@ -230,6 +230,46 @@ def test_what_others_left_goes_where_room_is_short_or_its_source_has_another_sta
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, next(free)))
     decoded(fingerprint("large"), 6, SIZE, records)
     assert names(home) == sorted([f"{source}-{'2' * 32}", fingerprint("large")])
+
+
+FACTS = [(f"{number}.png", number, True) for number in range(6)]
+SOURCE = "0" * 32
+OTHER = f"{SOURCE}-{'1' * 32}"
+
+
+def test_what_another_state_of_a_source_gave_is_known_by_its_facts(home):
+    decoded(f"{SOURCE}-{KEY}", 6, SIZE, records, FACTS)
+    given = before(OTHER, SIZE)
+    assert list(given) == FACTS and given[FACTS[3]] == "truncated"
+    np.testing.assert_array_equal(np.stack([given[fact] for fact in FACTS if fact != FACTS[3]]), PIXELS)
+    for key, size in ((f"{SOURCE}-{KEY}", SIZE), (f"{'1' * 32}-{KEY}", SIZE), (KEY, SIZE), (OTHER, 2 * SIZE)):
+        assert before(key, size) == {}, "its own, another source's, of another size"
+    decoded(OTHER, 6, SIZE, records)
+    assert names(home) == [OTHER] and before(f"{SOURCE}-{KEY}", SIZE) == {}, "which was decoded without facts"
+
+
+def test_what_a_stopped_decode_of_another_state_gave_is_known_by_its_facts(home):
+    with pytest.raises(KeyboardInterrupt):
+        decoded(f"{SOURCE}-{KEY}", 6, SIZE, stopped, FACTS)
+    given = before(OTHER, SIZE)
+    assert list(given) == FACTS[:5] and given[FACTS[3]] == "truncated"
+    np.testing.assert_array_equal(given[FACTS[4]], PIXELS[3])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: flip(folder / "image.raw"),
+        lambda folder: flip(folder / "facts.json"),
+        lambda folder: (folder / "facts.json").unlink(),
+        lambda folder: (folder / "facts.json").write_text("{}"),
+        lambda folder: (folder / "metadata.json").write_text("[]"),
+    ],
+)
+def test_D4_what_another_state_gave_is_not_trusted_where_it_is_damaged(home, damage):
+    decoded(f"{SOURCE}-{KEY}", 6, SIZE, records, FACTS)
+    damage(home / f"{SOURCE}-{KEY}")
+    assert before(OTHER, SIZE) == {}
 
 
 def test_D4_two_at_once_decode_once():

@@ -338,7 +338,8 @@ def test_unreadable_files_are_counted_and_named(folder, notes):
         (cats / next(cats.glob(f"{name}.*"))).unlink()
     notes.clear()
     load(folder, SIZE)
-    assert "4 of 24" in notes[1] and "cats/f.png (more than 179 megapixels: scale it down), cats/g.png" in notes[1]
+    assert "24 of them are as they were" in notes[1]
+    assert "4 of 24" in notes[2] and "cats/f.png (more than 179 megapixels: scale it down), cats/g.png" in notes[2]
 
 
 def test_files_without_permission(folder, notes):
@@ -366,25 +367,52 @@ def test_other_files_are_passed_over(folder, notes):
     assert "1 .txt" in notes[0] and "1 without" in notes[0]
 
 
-def test_decoded_again_only_where_a_file_changed(folder):
+@pytest.fixture
+def read(monkeypatch):
+    """The names of the files that are decoded."""
+    names, decode = [], photographs._pixels
+    monkeypatch.setattr(photographs, "_pixels", lambda folder, size, name: names.append(name) or decode(folder, size, name))
+    return names
+
+
+def test_decoded_again_only_where_a_file_changed(folder, read):
     paint_classes(folder)
-    asked = []
 
     def again():
-        asked.clear()
-        data = load(folder, SIZE, progress=lambda names: asked.extend(names) or names)
-        return sorted(shades(data.train) + shades(data.test)), len(asked)
+        read.clear()
+        data = load(folder, SIZE)
+        labels = [data.classes[label] for part in (data.train, data.test) for label in part["label"]]
+        return dict(zip(shades(data.train) + shades(data.test), labels, strict=True)), sorted(read)
 
-    assert again() == ([*range(10), *range(100, 110)], 20)
-    assert again() == ([*range(10), *range(100, 110)], 0)
+    first, decoded = again()
+    assert first == {**dict.fromkeys(range(10), "cats"), **dict.fromkeys(range(100, 110), "dogs")} and len(decoded) == 20
+    assert again() == (first, [])
     paint(folder / "cats" / "03.png", 77)
-    assert again() == ([0, 1, 2, *range(4, 10), 77, *range(100, 110)], 20)
+    del first[3]
+    assert again() == (first | {77: "cats"}, ["cats/03.png"])
     (folder / "cats" / "03.png").rename(folder / "dogs" / "03b.png")
-    assert again() == ([0, 1, 2, *range(4, 10), 77, *range(100, 110)], 20)
-    assert again()[1] == 0
+    assert again() == (first | {77: "dogs"}, ["dogs/03b.png"])
+    (folder / "ants").mkdir()  # a class before the others, whose labels are others now
+    for shade in (200, 201):
+        paint(folder / "ants" / f"{shade}.png", shade)
+    assert again() == (first | {77: "dogs", 200: "ants", 201: "ants"}, ["ants/200.png", "ants/201.png"])
+    assert again()[1] == []
 
 
-def test_R3_stopped_while_decoding_it_goes_on_to_the_same_arrays(folder, tmp_path, monkeypatch):
+def test_a_file_that_changes_and_keeps_its_size_and_its_date_is_decoded_again(folder, read):
+    """As a photograph that a program turns by its EXIF alone."""
+    paint_classes(folder)
+    load(folder, SIZE)
+    read.clear()
+    path = folder / "cats" / "03.png"
+    content, times = path.read_bytes(), path.stat()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    load(folder, SIZE)
+    assert read == ["cats/03.png"]
+
+
+def test_R3_stopped_while_decoding_it_goes_on_to_the_same_arrays(folder, tmp_path, monkeypatch, read):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)  # threads are up to 9 ahead
     paint_classes(folder, 20)
     (folder / "cats/03.png").write_bytes(b"broken")
@@ -401,9 +429,26 @@ def test_R3_stopped_while_decoding_it_goes_on_to_the_same_arrays(folder, tmp_pat
         load(folder, SIZE, progress=stopping)
     again = load(folder, SIZE, progress=lambda names: asked.extend(names) or names)
     assert 10 <= len(asked) < 40
+    assert len(read) == 40 + 30 + len(asked)
     for one, other in ((whole.train, again.train), (whole.test, again.test)):
         for key in one:
             np.testing.assert_array_equal(one[key], other[key])
+
+
+def test_R3_stopped_while_decoding_it_goes_on_where_the_folder_has_grown_since(folder, monkeypatch, read):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    paint_classes(folder, 20)
+
+    def stopping(names):
+        yield from names[:30]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load(folder, SIZE, progress=stopping)
+    paint(folder / "cats" / "new.png", 77)
+    read.clear()
+    data = load(folder, SIZE)
+    assert len(data.train["label"]) + len(data.test["label"]) == 41 and 11 <= len(read) <= 20 and "cats/new.png" in read
 
 
 PASSING = [OSError(errno.EIO, "Input/output error"), MemoryError(), OSError("out of memory when reading image file")]

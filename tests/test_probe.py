@@ -104,5 +104,9 @@ def test_what_cannot_be_probed_is_refused(workdir, tmp_path):
     (unfinished / "summary.json").unlink()
     with pytest.raises(CheckpointError, match="is not finished"):
         probe.run(unfinished, None, None, None, 5)
+    (tmp_path / "results/probes").mkdir(parents=True)
+    (tmp_path / "results/probes/mine.json").write_text('{"run": "of my own"}')
+    with pytest.raises(CheckpointError, match="mine.json is no such result, without accuracy, stages; move it elsewhere"):
+        probe.run(workdir, results=tmp_path / "results")
     with pytest.raises(UsageError, match="--neighbors=2000 is more than the 1438 training images"):
         probe.run(workdir, None, None, None, 2000)

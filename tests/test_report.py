@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import rotjax
-from experiments import figures, plots, report
+from experiments import command, figures, plots, report
 from rotjax.errors import CheckpointError
 
 SUMMARY = {
@@ -88,6 +88,14 @@ def test_figures_of_a_run(runs, job, tmp_path):
     assert not (workdir / "curves.png").exists(), "what it shows is lost, which is no reason to end"
     for name in ("metrics.jsonl", "curves.png"):
         (tmp_path / name).rename(workdir / name)
+
+
+def test_where_no_terminal_shows_a_bar_lines_say_how_far_decoding_is(monkeypatch, caplog):
+    caplog.set_level("INFO", "experiments.command")
+    assert [*command.decoding(["a", "b"])] == ["a", "b"] and not caplog.messages
+    monkeypatch.setattr(command, "QUIET", -1)
+    assert [*command.decoding(iter("abc"), total=3)] == ["a", "b", "c"]
+    assert caplog.messages == [f"decoded {number} of 3 images" for number in range(3)]
 
 
 @pytest.mark.parametrize(("first", "scale"), [(3.0, "linear"), (87728.8, "log")])

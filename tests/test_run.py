@@ -323,7 +323,7 @@ def test_R11_another_cadence_changes_no_bit(pretrained, data, tmp_path):
 def test_a_cadence_that_is_none_is_refused_before_anything_is_written(data, tmp_path):
     plan = rotjax.plan(rotjax.Rotation(**SMALL), data=data)
     for odd in (dict(log_steps=0), dict(checkpoint_seconds=-1.0), dict(checkpoint_seconds=float("nan"))):
-        with pytest.raises(UsageError, match="log_steps is at least 1 and checkpoint_seconds at least 0"):
+        with pytest.raises(UsageError, match="(log_steps|checkpoint_seconds)=.* is too small; it is at least"):
             list(rotjax.train(plan, tmp_path / "run", **odd))
     assert not (tmp_path / "run").exists()
 
@@ -560,7 +560,7 @@ def test_a_run_takes_the_step_of_its_recipe(data, tmp_path):
 
 @pytest.mark.parametrize(("name", "value"), [("preset", "Strong"), ("schedule", "linear"), ("optimizer", "SGD")])
 def test_a_recipe_in_python_with_a_name_that_is_none_is_refused(data, name, value):
-    with pytest.raises(UsageError, match=f"--{name}={value} is none of .*; give one of them"):
+    with pytest.raises(UsageError, match=f"{name}={value} is none of .*; give one of them"):
         rotjax.plan(rotjax.Rotation(**(SMALL | {name: value})), data=data)
 
 
@@ -583,7 +583,7 @@ def test_a_recipe_in_python_with_a_name_that_is_none_is_refused(data, name, valu
 def test_C9_a_recipe_in_python_that_could_not_be_read_back_is_refused(name, value, kinds):
     with pytest.raises(UsageError) as caught:
         rotjax.plan(rotjax.Rotation(**(SMALL | {"std": (0.2,) * 3 if name == "mean" else None, name: value})))
-    assert str(caught.value) == f"--{name}={value} is of type {kinds}"
+    assert str(caught.value) == f"{name}={value} is of type {kinds}"
 
 
 def test_a_path_is_a_folder_and_not_the_set_of_its_name(tmp_path, monkeypatch):

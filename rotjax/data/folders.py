@@ -57,7 +57,7 @@ def everything(folder: Path) -> list[str]:
     if not (files := _images(files)):
         raise DataError(f"{shown(folder)} holds no images ({strange or 'no files'}); name a folder of images")
     _tell(folder, STRANGE, strange)
-    return sorted(file.relative_to(folder).as_posix() for file in files)
+    return sorted(_within(folder, file) for file in files)
 
 
 def _divided(folder: Path) -> tuple[Path, Path | None]:
@@ -105,9 +105,12 @@ def _classes(folder: Path, root: Path, labelled: bool) -> tuple[tuple[str, ...],
             classes = ()
     _tell(root, STRANGE, strange)
     parts = [(-1, beside), *enumerate(images)]
-    return classes, sorted(
-        Photograph(file.relative_to(folder).as_posix(), label) for label, files in parts for file in files
-    )
+    return classes, sorted(Photograph(_within(folder, file), label) for label, files in parts for file in files)
+
+
+def _within(folder: Path, file: Path) -> str:
+    """The path of `file` from `folder` on, with "/"; `relative_to` takes ten times as long."""
+    return "/".join(file.parts[len(folder.parts) :])
 
 
 def _subfolders(folder: Path) -> list[Path]:

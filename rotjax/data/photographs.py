@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from rotjax.data.dataset import Arrays, Dataset, check_classes, check_fits, unlabelled
-from rotjax.data.decoded import Record, ahead, decoded, fingerprint, listing
+from rotjax.data.decoded import before, decoded, fingerprint, listing
 from rotjax.data.folders import UNOPENED, Photograph, everything, formats, found, shown, unclassed
-from rotjax.data.pixels import square
+from rotjax.data.pixels import ahead, square
+from rotjax.data.storage import Fact, Record
 from rotjax.errors import MOST, DataError, ReadError, few, reason
 
 log = logging.getLogger(__name__)
@@ -46,13 +47,13 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
     check_fits(batch_size, border)
     if labelled:
         check_classes(shown(folder), classes)
-    facts = [(*photograph, *_state(folder / photograph.name)) for photograph in photographs]
+    facts = [(photograph.name, *_state(folder / photograph.name)) for photograph in photographs]
     mixed = ["mixed"] * (not classes and len({photograph.label < 0 for photograph in photographs}) > 1)
     # Where the listing depends on `labelled`, a source for each: they would take each other's place.
-    key = f"{fingerprint(str(folder.resolve()), image_size, *mixed)}-{fingerprint(facts)}"
+    key = f"{fingerprint(str(folder.resolve()), image_size, *mixed)}-{fingerprint(facts, [p.label for p in photographs])}"
     with _decoding():
-        records = partial(_records, folder, image_size, photographs, progress)
-        arrays, dropped = decoded(key, len(photographs), image_size, records)
+        records = partial(_records, folder, image_size, photographs, facts, key, progress)
+        arrays, dropped = decoded(key, len(photographs), image_size, records, facts)
     unreadable = sorted(dropped.values())
     if len(unreadable) == len(photographs):
         raise DataError(f"none of the {len(photographs):,} images in {shown(folder)} can be read: {few(unreadable)}")
@@ -129,14 +130,17 @@ def _check_both(folder: Path, train: int, test: int) -> None:
         raise DataError(f"{shown(folder)} has too few readable images, {counts}; add some, two for every class")
 
 
-def _state(path: Path) -> tuple[int, int, bool]:
-    """What changes where the pixels of a file may: its size, time of change in ns, and whether it may be read."""
+def _state(path: Path) -> tuple[int, int, int, bool]:
+    """What changes where the pixels of a file may: its size, times of change in ns, and whether it may be read.
+
+    Both times: a program may set that of the content back, as to keep the date of a photograph that it turns upright.
+    """
     try:
         status = path.stat()
     except OSError as error:
         _check_lasting(path, error)
-        return -1, -1, False
-    return status.st_size, status.st_mtime_ns, os.access(path, os.R_OK)
+        return -1, -1, -1, False
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, os.access(path, os.R_OK)
 
 
 def _check_lasting(path: Path, error: OSError | MemoryError) -> None:
@@ -151,12 +155,29 @@ def _check_lasting(path: Path, error: OSError | MemoryError) -> None:
 
 
 def _records(
-    folder: Path, image_size: int, photographs: list[Photograph], progress: Callable, start: int
+    folder: Path,
+    image_size: int,
+    photographs: Sequence[Photograph],
+    facts: Sequence[Fact],
+    key: str,
+    progress: Callable,
+    start: int,
 ) -> Iterator[Record]:
+    """The photographs from number `start` on, decoded where they have changed since an earlier state of the folder."""
+    earlier = before(key, image_size)
+    known = {fact[0]: earlier[fact] for fact in facts[start:] if fact in earlier}
+    if known:
+        log.info(f"{len(known):,} of them are as they were when they were decoded before")
+
+    def read(name: str) -> np.ndarray | str:
+        if name in known:
+            return known[name]
+        pixels = _pixels(folder, image_size, name)
+        return f"{shown(name)} ({shown(pixels)})" if isinstance(pixels, str) else pixels
+
     names = progress([photograph.name for photograph in photographs[start:]])
-    for pixels, photograph in zip(ahead(partial(_pixels, folder, image_size), names), photographs[start:], strict=True):
-        lacking = isinstance(pixels, str)
-        yield f"{shown(photograph.name)} ({shown(pixels)})" if lacking else pixels, photograph.label
+    for pixels, photograph in zip(ahead(read, names), photographs[start:], strict=True):
+        yield pixels, photograph.label
 
 
 def _pixels(folder: Path, image_size: int, name: str) -> np.ndarray | str:

@@ -1,6 +1,10 @@
-"""An image as Pillow opens it to square RGB pixels."""
+"""An image as Pillow opens it to square RGB pixels, and many of them by threads."""
 
 import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -36,6 +40,20 @@ def square(image: Image.Image, size: int) -> np.ndarray:
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(image)
+
+
+def ahead(function: Callable, items: Iterable) -> Iterator:
+    """`function` of each item, in order, computed by as many threads as there are cores and never far ahead."""
+    scheduled = getattr(os, "sched_getaffinity", None)  # of a cluster's node a job may have a few cores only
+    threads = len(scheduled(0)) if scheduled else os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 4 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _turn(image: Image.Image) -> Transpose | None:

@@ -14,8 +14,9 @@ from PIL import Image
 
 from rotjax.data import catalogue
 from rotjax.data.dataset import Arrays, Dataset, check_classes, check_fits, held_out
-from rotjax.data.decoded import Record, ahead, decoded, fingerprint
-from rotjax.data.pixels import square
+from rotjax.data.decoded import decoded, fingerprint
+from rotjax.data.pixels import ahead, square
+from rotjax.data.storage import Record
 from rotjax.errors import DataError
 
 log = logging.getLogger(__name__)
