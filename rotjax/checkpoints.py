@@ -184,10 +184,6 @@ def _finish(checkpoints: Checkpoints, step: int, size: int, response: ocp.AsyncR
             return
         checkpoints.claim()
         manifests.finish(directory, step)
-        listed = manifests.steps(directory)
-        kept = [older for older in listed if older <= step][:KEEP]
-        for other in set(listed) - set(kept):  # what is newer is damaged, see `_begin`
-            manifests.remove(directory, other)
     except Exception as error:  # of Orbax and TensorStore too
         with suppress(OSError, CheckpointError):
             if processes.primary():
@@ -197,6 +193,13 @@ def _finish(checkpoints: Checkpoints, step: int, size: int, response: ocp.AsyncR
         if processes.lost(error):
             raise
         raise _unsaved(directory, step, size, error) from error
+    try:
+        listed = manifests.steps(directory)
+        kept = [older for older in listed if older <= step][:KEEP]
+        for other in set(listed) - set(kept):  # what is newer is damaged, see `_begin`
+            manifests.remove(directory, other)
+    except OSError as error:
+        log.warning(f"step {step} is saved in {directory}, but an older one cannot be removed ({reason(error)})")
 
 
 def _sound(directory: Path, step: int) -> bool:

@@ -106,6 +106,16 @@ def sizes(start: int, steps: int, epoch_steps: int, per_dispatch: int) -> Iterat
         start += size
 
 
+def programs(start: int, steps: int, epoch_steps: int, per_dispatch: int) -> set[int]:
+    """The values that `sizes` yields."""
+    found = set()
+    for size in sizes(start, steps, epoch_steps, per_dispatch):
+        found.add(size)
+        if found == {1, per_dispatch}:
+            break
+    return found
+
+
 def stacked(elements: Iterable[Arrays], sizes: Iterable[int]) -> Iterator[Arrays]:
     """Yields groups of `elements`, as many as each of `sizes`, stacked along a new leading axis."""
     elements = iter(elements)

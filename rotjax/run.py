@@ -252,7 +252,7 @@ def _compiled(
     """The train steps of one dispatch, compiled for each number of steps that dispatches from `state` on take."""
     loss = partial(training.cross_entropy, smoothing=plan.recipe.label_smoothing)
     step = training.train_steps(model, optimizer, mesh, make=stream.make, loss=loss)
-    if sizes := set(feeds.sizes(int(state.step), plan.steps, plan.epoch_steps, feed.per_dispatch)):
+    if sizes := feeds.programs(int(state.step), plan.steps, plan.epoch_steps, feed.per_dispatch):
         log.info("compiling the train step")
     first: Any = stream.elements[0]
     (one,) = place([first], mesh)

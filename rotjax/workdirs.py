@@ -60,8 +60,9 @@ def check_vacant(workdir: Path, recipe: Recipe) -> None:
         os.path.realpath(workdir).encode()  # as Orbax is given it, which fails on another only once it saves
         names = os.listdir(workdir)
     except FileNotFoundError:
-        if os.path.islink(workdir):
-            raise UsageError(f"{workdir} is a link to what is not there; name another workdir") from None
+        for path in (workdir, *workdir.parents):
+            if path.is_symlink() and not path.exists():
+                raise UsageError(f"{path} is a link to what is not there; name another workdir") from None
         return
     except NotADirectoryError:
         raise UsageError(f"{workdir} is a file, or below one; name another workdir") from None

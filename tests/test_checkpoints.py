@@ -316,6 +316,19 @@ def test_C4_what_is_still_written_of_a_save_that_failed_is_cleared_away_later(tm
         assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "1.json"]
 
 
+def test_a_step_is_saved_also_where_an_older_one_cannot_be_removed(tmp_path, monkeypatch, notes):
+    saved(tmp_path, 1, 2)
+
+    def fails(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(manifests, "remove", fails)
+        saved(tmp_path, 3)
+    assert notes == [f"step 3 is saved in {tmp_path}, but an older one cannot be removed (Input/output error)"]
+    equal(restored(tmp_path), state(3, 3))
+
+
 @pytest.mark.parametrize("place", ["together", "save_checkpointables_async"])
 def test_P3_a_process_that_is_lost_in_a_save_is_not_taken_for_a_fault_of_the_disk(tmp_path, monkeypatch, place):
     owner = {"together": checkpoints.processes, "save_checkpointables_async": checkpoints.ocp}[place]

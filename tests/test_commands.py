@@ -115,6 +115,18 @@ USAGE = [
 ]
 
 
+def test_what_the_library_says_of_a_field_is_said_of_a_flag():
+    said = "image_size=16 is too small for the imagenet stem; use 32 or stem=cifar"
+    assert command._as_flags(said) == "--image_size=16 is too small for the imagenet stem; use 32 or --stem=cifar"
+    for path in (
+        "runs/lr=0.1,seed=3 is not empty",
+        "seed=3/run is not empty",
+        "set TFDS_DATA_DIR=data",
+        "mesh=x, my_seed=1",
+    ):
+        assert command._as_flags(path) == path
+
+
 @pytest.mark.parametrize(("words", "named"), USAGE, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_U1_bad_usage_is_refused_with_2_and_leaves_nothing(call, tmp_path, words, named):
     dataset = [] if any("dataset" in word for word in words) else ["--dataset=digits"]

@@ -200,10 +200,13 @@ def test_R1_a_decode_that_is_killed_goes_on_from_what_it_saved(start, tmp_path):
     [
         lambda partial: os.truncate(partial / "image.raw", 4 * 192 - 1),
         lambda partial: (partial / "image.raw").unlink(),
+        lambda partial: flip(partial / "image.raw"),
         lambda partial: (partial / "rows.json").unlink(),
         lambda partial: (partial / "rows.json").write_text('[7, 8, 9, "trunc'),
         lambda partial: (partial / "rows.json").write_text("[7, 8, 9, null, -1]"),
         lambda partial: (partial / "rows.json").write_text("7"),
+        lambda partial: (partial / "rows.json").write_text('{"rows": [7, 8, 9, null, -1]}'),
+        lambda partial: (partial / "rows.json").write_text('{"rows": [7, 8, 9, "truncated", -1]}'),
     ],
 )
 def test_D4_what_a_stopped_decode_left_is_not_trusted_where_it_is_damaged(home, damage):
@@ -239,37 +242,49 @@ OTHER = f"{SOURCE}-{'1' * 32}"
 
 def test_what_another_state_of_a_source_gave_is_known_by_its_facts(home):
     decoded(f"{SOURCE}-{KEY}", 6, SIZE, records, FACTS)
-    given = before(OTHER, SIZE)
-    assert list(given) == FACTS and given[FACTS[3]] == "truncated"
-    np.testing.assert_array_equal(np.stack([given[fact] for fact in FACTS if fact != FACTS[3]]), PIXELS)
+    given = before(OTHER, SIZE, [*FACTS, ("new.png", 6, True)])
+    assert list(given) == [*FACTS[:3], *FACTS[4:]], "of a record without pixels there are none to be known"
+    np.testing.assert_array_equal(np.stack([*given.values()]), PIXELS)
+    assert list(before(OTHER, SIZE, FACTS[4:5])) == FACTS[4:5] and before(OTHER, SIZE, []) == {}
     for key, size in ((f"{SOURCE}-{KEY}", SIZE), (f"{'1' * 32}-{KEY}", SIZE), (KEY, SIZE), (OTHER, 2 * SIZE)):
-        assert before(key, size) == {}, "its own, another source's, of another size"
+        assert before(key, size, FACTS) == {}, "its own, another source's, of another size"
     decoded(OTHER, 6, SIZE, records)
-    assert names(home) == [OTHER] and before(f"{SOURCE}-{KEY}", SIZE) == {}, "which was decoded without facts"
+    assert names(home) == [OTHER] and before(f"{SOURCE}-{KEY}", SIZE, FACTS) == {}, "which was decoded without facts"
+
+
+def begin(folder):
+    """Of what is finished what a process that is stopped before its last record leaves."""
+    shutil.rmtree(folder)
+    with pytest.raises(KeyboardInterrupt):
+        decoded(folder.name, 6, SIZE, stopped, FACTS)
+    return folder.with_name(f"{folder.name}.partial")
 
 
 def test_what_a_stopped_decode_of_another_state_gave_is_known_by_its_facts(home):
-    with pytest.raises(KeyboardInterrupt):
-        decoded(f"{SOURCE}-{KEY}", 6, SIZE, stopped, FACTS)
-    given = before(OTHER, SIZE)
-    assert list(given) == FACTS[:5] and given[FACTS[3]] == "truncated"
-    np.testing.assert_array_equal(given[FACTS[4]], PIXELS[3])
+    decoded(f"{SOURCE}-{KEY}", 6, SIZE, records, FACTS)
+    begin(home / f"{SOURCE}-{KEY}")
+    given = before(OTHER, SIZE, FACTS)
+    assert list(given) == [*FACTS[:3], FACTS[4]]
+    np.testing.assert_array_equal(np.stack([*given.values()]), PIXELS[:4])
 
 
+@pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(
     "damage",
     [
         lambda folder: flip(folder / "image.raw"),
-        lambda folder: flip(folder / "facts.json"),
         lambda folder: (folder / "facts.json").unlink(),
         lambda folder: (folder / "facts.json").write_text("{}"),
-        lambda folder: (folder / "metadata.json").write_text("[]"),
+        lambda folder: (folder / "facts.json").write_text(str([[[number]] for number in range(6)])),
+        lambda folder: os.truncate(folder / "facts.json", 100),
+        lambda folder: [(folder / name).write_text("[]") for name in ("metadata.json", "rows.json")],
     ],
 )
-def test_D4_what_another_state_gave_is_not_trusted_where_it_is_damaged(home, damage):
-    decoded(f"{SOURCE}-{KEY}", 6, SIZE, records, FACTS)
-    damage(home / f"{SOURCE}-{KEY}")
-    assert before(OTHER, SIZE) == {}
+def test_D4_what_another_state_gave_is_not_trusted_where_it_is_damaged(home, damage, finished):
+    folder = home / f"{SOURCE}-{KEY}"
+    decoded(folder.name, 6, SIZE, records, FACTS)
+    damage(folder if finished else begin(folder))
+    assert before(OTHER, SIZE, FACTS) == {}
 
 
 def test_D4_two_at_once_decode_once():

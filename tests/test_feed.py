@@ -226,7 +226,7 @@ def test_dispatches_are_the_same_whichever_step_a_run_goes_on_from(start):
     whole = [0, *np.cumsum([*feeds.sizes(0, 29, 13, 4)])]
     sizes = [*feeds.sizes(start, 29, 13, 4)]
     bounds = [start, *(start + np.cumsum(sizes))]
-    assert bounds[-1] == 29 and {13, 26} <= set(bounds) | {start}
+    assert bounds[-1] == 29 and set(sizes) == feeds.programs(start, 29, 13, 4) and {13, 26} <= set(bounds) | {start}
     assert set(bounds) >= {bound for bound in whole if bound >= -(-start // 4) * 4}
 
 

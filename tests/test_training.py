@@ -93,6 +93,8 @@ def test_smoothed_labels_are_shared_evenly_over_the_classes(smoothing):
     np.testing.assert_allclose(training.cross_entropy(logits, labels, smoothing), expected, rtol=1e-6)
     for others in (labels + 5, labels - 5):
         assert np.isnan(training.cross_entropy(logits, others, smoothing)).all(), "there is no such class"
+    with pytest.raises(TypeError, match="labels are float32; give integers"):
+        training.cross_entropy(logits, labels.astype(np.float32), smoothing)
     for least in (np.int8(-1), np.uint32(2**32 - 1)):  # what a label of -1 becomes
         assert np.isnan(training.cross_entropy(np.zeros((1, 200)), np.array([least]), smoothing))
 

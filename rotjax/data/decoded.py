@@ -33,8 +33,8 @@ def decoded(
     The rows lie in `$XDG_CACHE_HOME/rotjax/decoded/<key>` (`~/.cache` unless set), in the order of the records, at most
     `count`. `records(start)` gives those from number `start` on, and is only called where not all are stored under `key`: a
     process that was stopped, or whose `records` raised ReadError, leaves what it has decoded to the next. Under a key
-    `<source>-<state>` they replace those of other states of the source, whose pixels `before` gives by the `facts` of each
-    record. The reasons go by the number of the record.
+    `<source>-<state>` they replace those of earlier states of the source, whose pixels `before` gives by the `facts` of
+    each record. The reasons go by the number of the record.
     Raises DataError where the disk is too small, or cannot be written and the set is too large for memory.
     """
     what, needed = f"{count:,} images at {image_size} px", count * image_size**2 * 3
@@ -57,8 +57,9 @@ def decoded(
         try:
             _make_room(folder, what, needed)
             log.info(f"decoding {what} into a {in_bytes(needed)} cache in {folder}")
+            earlier = _others(folder)  # a later one may be there by the time that this one is
             storage.write(folder, image_size, records, facts)
-            for other in _others(folder):
+            for other in earlier:
                 _remove(other)
         except OSError as error:
             remedy = "run the same command again, or set XDG_CACHE_HOME to another folder"
@@ -73,12 +74,12 @@ def fingerprint(*facts: Any) -> str:
     return hashlib.sha256(json.dumps([DECODER, *facts], sort_keys=True).encode()).hexdigest()[:KEY]
 
 
-def before(key: str, image_size: int) -> dict[Fact, np.ndarray | str]:
-    """By its facts the pixels u8 `[H,H,3]` of each record that other states of the source of `key` gave, or why none."""
-    found: dict[Fact, np.ndarray | str] = {}
+def before(key: str, image_size: int, facts: Sequence[Fact]) -> dict[Fact, np.ndarray]:
+    """Of those of `facts` that other states of the source of `key` have pixels for, these, u8 `[H,H,3]`."""
+    found: dict[Fact, np.ndarray] = {}
     with suppress(OSError, RuntimeError):
-        for folder in _others(cache("decoded") / key):
-            found |= storage.by_fact(folder, image_size)
+        for folder in _others(cache("decoded") / key) if facts else ():
+            found |= storage.known(folder, image_size, set(facts))
     return found
 
 
@@ -91,16 +92,17 @@ def listing(key: str) -> Path | None:
 
 
 def _make_room(folder: Path, what: str, needed: int) -> None:
-    """Removes what is damaged and, where room is short, what others decoded who died or were stopped, then what other
-    states of the source gave. Raises DataError.
+    """Removes what is damaged and, where room is short, what other states of the source gave, then what others decoded who
+    died or were stopped. Raises DataError.
     """
     if folder.exists():
         log.warning(f"{folder} is damaged, or not of this user; decoding again")
         shutil.rmtree(folder)
     own = storage.partial(folder)
     needed -= sum(path.stat().st_size for path in own.glob(storage.IMAGES))
-    for other in (*folder.parent.glob("*.partial"), *_others(folder)):
+    for other in dict.fromkeys((*_others(folder), *folder.parent.glob("*.partial"))):
         if other != own and needed > shutil.disk_usage(folder.parent).free:
+            log.info(f"short of room: what was decoded into {other} goes")
             _remove(other)
     free = shutil.disk_usage(folder.parent).free
     if needed > free:

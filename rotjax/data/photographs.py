@@ -5,7 +5,7 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from rotjax.data.dataset import Arrays, Dataset, check_classes, check_fits, unla
 from rotjax.data.decoded import before, decoded, fingerprint, listing
 from rotjax.data.folders import UNOPENED, Photograph, everything, formats, found, shown, unclassed
 from rotjax.data.pixels import ahead, square
-from rotjax.data.storage import Fact, Record
+from rotjax.data.storage import Record
 from rotjax.errors import MOST, DataError, ReadError, few, reason
 
 log = logging.getLogger(__name__)
@@ -51,8 +51,13 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
     mixed = ["mixed"] * (not classes and len({photograph.label < 0 for photograph in photographs}) > 1)
     # Where the listing depends on `labelled`, a source for each: they would take each other's place.
     key = f"{fingerprint(str(folder.resolve()), image_size, *mixed)}-{fingerprint(facts, [p.label for p in photographs])}"
+
+    def records(start: int) -> Iterator[Record]:
+        earlier = before(key, image_size, facts[start:])
+        known = {one.name: earlier[fact] for one, fact in zip(photographs, facts, strict=True) if fact in earlier}
+        return _records(folder, image_size, photographs[start:], known, progress)
+
     with _decoding():
-        records = partial(_records, folder, image_size, photographs, facts, key, progress)
         arrays, dropped = decoded(key, len(photographs), image_size, records, facts)
     unreadable = sorted(dropped.values())
     if len(unreadable) == len(photographs):
@@ -155,17 +160,9 @@ def _check_lasting(path: Path, error: OSError | MemoryError) -> None:
 
 
 def _records(
-    folder: Path,
-    image_size: int,
-    photographs: Sequence[Photograph],
-    facts: Sequence[Fact],
-    key: str,
-    progress: Callable,
-    start: int,
+    folder: Path, image_size: int, photographs: Sequence[Photograph], known: Mapping[str, np.ndarray], progress: Callable
 ) -> Iterator[Record]:
-    """The photographs from number `start` on, decoded where they have changed since an earlier state of the folder."""
-    earlier = before(key, image_size)
-    known = {fact[0]: earlier[fact] for fact in facts[start:] if fact in earlier}
+    """The records of `photographs`, decoded but for those whose pixels are `known` by their names."""
     if known:
         log.info(f"{len(known):,} of them are as they were when they were decoded before")
 
@@ -175,8 +172,8 @@ def _records(
         pixels = _pixels(folder, image_size, name)
         return f"{shown(name)} ({shown(pixels)})" if isinstance(pixels, str) else pixels
 
-    names = progress([photograph.name for photograph in photographs[start:]])
-    for pixels, photograph in zip(ahead(read, names), photographs[start:], strict=True):
+    names = progress([photograph.name for photograph in photographs])
+    for pixels, photograph in zip(ahead(read, names), photographs, strict=True):
         yield pixels, photograph.label
 
 

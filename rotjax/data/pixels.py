@@ -60,7 +60,9 @@ def _turn(image: Image.Image) -> Transpose | None:
     """What makes `image` upright; None where it is, or its EXIF cannot be read, which for some formats Pillow raises."""
     try:
         return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # of Pillow: whatever odd content leads to
+    except Exception as error:  # of Pillow: whatever odd content leads to
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            raise  # which passes
         return None
 
 

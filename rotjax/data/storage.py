@@ -1,12 +1,13 @@
 """A folder of decoded images, rows of a file that runs memory-map: written, gone on with, and read without trust."""
 
+import hashlib
 import json
 import logging
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def read(folder: Path, image_size: int) -> tuple[Arrays, dict[int, str]] | None:
         labels = np.load(folder / LABELS, allow_pickle=False)
         if labels.shape != shape[:1] or labels.dtype != np.int32:
             return None
-        images = np.memmap(path, np.uint8, "r", shape=shape) if len(labels) else np.empty(shape, np.uint8)
+        images = _mapped(path, len(labels), image_size)
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return _arrays(images, labels), dropped
@@ -55,21 +56,19 @@ def _same(folder: Path, about: dict) -> bool:
     return {IMAGES, LABELS} <= listed.keys() and all(digest(folder / name) == listed[name] for name in listed)
 
 
-def by_fact(folder: Path, image_size: int) -> dict[Fact, np.ndarray | str]:
-    """By its facts the pixels of each record in `folder`, finished or not, or why it has none; none where it is damaged."""
+def known(folder: Path, image_size: int, wanted: Set[Fact]) -> dict[Fact, np.ndarray]:
+    """The pixels in `folder`, finished or not, of the records whose facts are `wanted`; none where it is damaged."""
     try:
         facts = [tuple(fact) for fact in json.loads((folder / FACTS).read_text())]
         if stored := read(folder, image_size):
             arrays, dropped = stored
-            images, rows = arrays["image"], [dropped.get(number, 0) for number in range(len(facts))]
+            images, there = arrays["image"], [number for number in range(len(facts)) if number not in dropped]
         else:
-            rows = _unfinished(folder, image_size)
-            shape = (len(rows) - len(_dropped(rows)), image_size, image_size, 3)
-            images = np.asarray(np.memmap(folder / IMAGES, np.uint8, "r", shape=shape))
-    except (OSError, ValueError, TypeError):
+            images, rows = _unfinished(folder, image_size)
+            there = [number for number, row in enumerate(rows) if not isinstance(row, str)]
+        return {facts[number]: pixels for number, pixels in zip(there, images, strict=True) if facts[number] in wanted}
+    except (OSError, ValueError, TypeError, IndexError, RecursionError):
         return {}
-    pixels = iter(images)
-    return {fact: row if isinstance(row, str) else next(pixels) for fact, row in zip(facts, rows, strict=False)}
 
 
 def write(folder: Path, image_size: int, records: Records, facts: Sequence[Fact]) -> None:
@@ -98,24 +97,26 @@ def partial(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.partial")
 
 
-def _append(partial: Path, image_size: int, records: Records) -> list[Row]:
-    """The rows of all records; their pixels are in `partial`, where those are appended that it lacks."""
-    rows = _unfinished(partial, image_size)
+def _append(begun: Path, image_size: int, records: Records) -> list[Row]:
+    """The rows of all records; their pixels are in `begun`, where those are appended that it lacks."""
+    there, rows = _unfinished(begun, image_size)
     if rows:
         log.info(f"{len(rows):,} of them are there already")
-    with open(partial / IMAGES, "ab") as images:
-        images.truncate(_bytes(rows, image_size))
+    content = hashlib.sha256(there.data)
+    with open(begun / IMAGES, "ab") as images:
+        images.truncate(there.nbytes)
 
         def save() -> None:
             images.flush()
             os.fsync(images.fileno())  # the pixels first: after a power failure no row may be without
-            (partial / f"{ROWS}.new").write_text(json.dumps(rows))
-            os.replace(partial / f"{ROWS}.new", partial / ROWS)
+            (begun / f"{ROWS}.new").write_text(json.dumps({"rows": rows, "sha256": content.hexdigest()}))
+            os.replace(begun / f"{ROWS}.new", begun / ROWS)
 
         saved = time.monotonic()
         try:
             for pixels, row in _rows(records, image_size, len(rows)):
                 images.write(pixels)
+                content.update(pixels)
                 rows.append(row)
                 if time.monotonic() - saved > SAVE_SECONDS:
                     save()
@@ -125,19 +126,23 @@ def _append(partial: Path, image_size: int, records: Records) -> list[Row]:
     return rows
 
 
-def _unfinished(partial: Path, image_size: int) -> list[Row]:
-    """The rows whose pixels are in `partial`, left by a process that was stopped; none where they may be others."""
+def _unfinished(begun: Path, image_size: int) -> tuple[np.ndarray, list[Row]]:
+    """The images that a process which was stopped left in `begun`, and the rows; none where they may be others."""
     try:
-        rows = json.loads((partial / ROWS).read_text())
-        whole = (partial / IMAGES).stat().st_size >= _bytes(rows, image_size)
-        known = all(type(row) in (int, str) for row in rows) and partial.stat().st_uid == os.getuid()
-    except (OSError, ValueError, TypeError):
-        return []
-    return rows if whole and known else []
+        about = json.loads((begun / ROWS).read_text())
+        images, rows = _mapped(begun / IMAGES, len(_labels(about["rows"])), image_size), about["rows"]
+        whole = all(type(row) in (int, str) for row in rows) and hashlib.sha256(images.data).hexdigest() == about["sha256"]
+        if whole and begun.stat().st_uid == os.getuid():
+            return images, rows
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        pass
+    return np.empty((0, image_size, image_size, 3), np.uint8), []
 
 
-def _bytes(rows: list[Row], image_size: int) -> int:
-    return sum(not isinstance(row, str) for row in rows) * image_size**2 * 3
+def _mapped(path: Path, count: int, image_size: int) -> np.ndarray:
+    """The first `count` images in the file at `path`; ValueError where there are fewer."""
+    shape = (count, image_size, image_size, 3)
+    return np.asarray(np.memmap(path, np.uint8, "r", shape=shape)) if count else np.empty(shape, np.uint8)
 
 
 def in_memory(image_size: int, records: Records) -> tuple[Arrays, dict[int, str]]:
@@ -168,7 +173,7 @@ def _dropped(rows: list[Row]) -> dict[int, str]:
 
 
 def _arrays(images: np.ndarray, labels: np.ndarray) -> Arrays:
-    arrays = {"image": np.asarray(images), "label": labels}
+    arrays = {"image": images, "label": labels}
     for array in arrays.values():
         array.flags.writeable = False
     return arrays
