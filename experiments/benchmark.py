@@ -24,6 +24,8 @@ from rotjax.feed import Where
 from rotjax.files import write, write_json
 from rotjax.run import versions
 
+BOTH, GPU = ("cpu", "gpu"), ("gpu",)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -35,7 +37,7 @@ class Row:
     at_least: bool
     sides: Callable[[], speed.Sides]
     unit: str = "images/s"
-    gpu: bool = False
+    kinds: tuple[str, ...] = ("cpu",)  # of devices that it is for; without a GPU nothing is measured that is for one alone
 
     def met(self, ratio: float) -> bool:
         return ratio >= self.goal if self.at_least else ratio <= self.goal
@@ -49,12 +51,12 @@ def _torch(name: str, network: str, stem: str, goal: float) -> Row:
 def _compiled(network: str, batch_size: int) -> Row:
     what = f"train step, {network}, cifar stem, bfloat16, batch {batch_size}: rotjax / torch.compile"
     sides = partial(speed.train_and_torch, network, "cifar", batch_size, "bfloat16", compiled=True)
-    return Row(f"l-{network}-{batch_size}", what, 1.0, True, sides, gpu=True)
+    return Row(f"l-{network}-{batch_size}", what, 1.0, True, sides, kinds=GPU)
 
 
 def _floor(network: str, goal: float) -> Row:
     what = f"train step, {network}, cifar stem, bfloat16, batch 512 / its arithmetic plus its traffic, unfused, at the peaks"
-    return Row(f"k-{network}", what, goal, False, partial(speed.step_and_floor, network), "s", gpu=True)
+    return Row(f"k-{network}", what, goal, False, partial(speed.step_and_floor, network), "s", GPU)
 
 
 def _pipeline(name: str, how: str, options: grain.ReadOptions | None) -> Row:
@@ -64,13 +66,13 @@ def _pipeline(name: str, how: str, options: grain.ReadOptions | None) -> Row:
 
 def _hosted(augment: Where) -> Row:
     what = f"the host's part, on one core, of batches made on the {augment} / train step"
-    return Row(f"f-{augment}", what, 2.0, True, partial(speed.pipeline_and_step, augment), gpu=True)
+    return Row(f"f-{augment}", what, 2.0, True, partial(speed.pipeline_and_step, augment), kinds=GPU)
 
 
 def _small(side: int) -> Row:
     what = f"train steps, resnet18, imagenet stem: maps of up to {side} px by products of matrices / by cuDNN's convolutions"
     sides = partial(speed.products_and_convolutions_of_small_maps, side)
-    return Row(f"l-products-{side}", what, 1.0, True, sides, gpu=True)
+    return Row(f"l-products-{side}", what, 1.0, True, sides, kinds=GPU)
 
 
 VERSIONS = ("rotjax", "jax", "jaxlib", "flax", "optax", "grain", "torch")
@@ -88,7 +90,14 @@ ROWS = (
         speed.products_and_convolutions,
         "GFLOP/s",
     ),
-    Row("d", "epoch by the command's loop / bare steps on a resident batch", 0.95, True, overheads.epoch_and_steps),
+    Row(
+        "d",
+        "epoch by the command's loop / bare steps on a resident batch",
+        0.95,
+        True,
+        overheads.epoch_and_steps,
+        kinds=BOTH,
+    ),
     _pipeline("e", "as it reads by default, on any core", None),
     _pipeline("e-unthreaded", "without threads, on one core", grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)),
     _hosted("host"),
@@ -100,6 +109,7 @@ ROWS = (
         False,
         speed.frozen_and_full,
         "s an image",
+        BOTH,
     ),
     Row(
         "g-flops",
@@ -108,10 +118,11 @@ ROWS = (
         False,
         speed.frozen_and_full_flops,
         "FLOPs",
+        BOTH,
     ),
-    Row("h", "evaluation / training", 2.5, True, speed.evaluation_and_training),
-    Row("i", "blocked by a checkpoint / synchronous save", 0.3, False, overheads.saves, "s"),
-    Row("j", "second / first start to the first step, densenet121", 0.4, False, overheads.starts, "s"),
+    Row("h", "evaluation / training", 2.5, True, speed.evaluation_and_training, kinds=BOTH),
+    Row("i", "blocked by a checkpoint / synchronous save", 0.3, False, overheads.saves, "s", BOTH),
+    Row("j", "second / first start to the first step, densenet121", 0.4, False, overheads.starts, "s", BOTH),
     *(_floor(network, goal) for network, goal in NETWORKS.items()),
     *(_compiled(network, batch_size) for network in NETWORKS for batch_size in (128, 512)),
     Row(
@@ -120,7 +131,7 @@ ROWS = (
         1.0,
         True,
         speed.graphs_and_default,
-        gpu=True,
+        kinds=GPU,
     ),
     *(_small(side) for side in (1, 2, 4)),
     Row(
@@ -130,7 +141,7 @@ ROWS = (
         False,
         overheads.whole_run,
         "s",
-        True,
+        GPU,
     ),
 )
 SLOW = {  # of rows that miss their goal, why, by the first word of the kind of device
@@ -185,7 +196,7 @@ def run(only: str = "", repeats: int = 5, results: command.ResultsDir = RESULTS,
     code = commit()  # before the first result changes the clone
     folder, failed = command.made(results / "benchmark" / _named(jax.devices()[0].device_kind)), []
     for row in asked:
-        if row.gpu and jax.default_backend() == "cpu":
+        if row.kinds == GPU and jax.default_backend() == "cpu":
             say(f"{row.name:16} needs a GPU: {row.ratio}")
             continue
         try:
@@ -238,12 +249,10 @@ def page(folder: Path) -> str:
         "sides were measured in turns in one process, and their range; where it was measured once, there is none. Batch\n"
         f"{speed.BATCH} and float32 unless said. The figures of the sides are medians too, each of its own."
     ]
-    there: set[str] = set()
     for device in sorted(path for path in folder.iterdir() if path.is_dir()):
         results = {path.stem: read_result(path) for path in device.glob("*.json")}
         if not results:
             continue
-        there |= results.keys()
         facts = sorted({_facts(result) for result in results.values()})
         measured = [(row, results[row.name]) for row in ROWS if row.name in results]
         lines = [(*_line(row, result), result["versions"]["jax"], result.get("commit", "")) for row, result in measured]
@@ -255,6 +264,9 @@ def page(folder: Path) -> str:
         missed = [row.name for row, result in measured if result["ratio"] is not None and not row.met(result["ratio"])]
         reasons = SLOW.get(device.name.partition("-")[0], {})
         parts += [f"- {name}: {reasons[name]}" for name in missed if name in reasons]
+        kind = "cpu" if device.name == "cpu" else "gpu"
+        if missing := [row.name for row in ROWS if row.name not in results and kind in row.kinds]:
+            parts.append(f"Not measured yet (`--only=ROW` measures one): {', '.join(missing)}.")
     path = folder / "tried.json"
     tried = [
         (one["change"], one["predicted"], one["outcome"], "yes" if one["kept"] else "no")
@@ -262,9 +274,6 @@ def page(folder: Path) -> str:
     ]
     heading = "## What was tried\n\nOn two CPU cores, unless said."
     parts += [heading, table(("change", "predicted", "outcome", "kept"), tried)] if tried else []
-    for where, gpu in (("here", False), ("on a GPU", True)):
-        if missing := [row.name for row in ROWS if row.name not in there and row.gpu == gpu]:
-            parts.append(f"Not measured yet: {', '.join(missing)}. The command measures them {where}.")
     return "\n\n".join(parts) + "\n"
 
 
