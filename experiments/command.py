@@ -194,7 +194,7 @@ def _as_flags(line: str) -> str:
     """`line` with each `name=value` of a recipe or its execution, as the library says it, written as a flag."""
     kinds = (rotjax.Rotation, rotjax.Classification, Execution)
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    return re.sub(rf"(?<!\S)({'|'.join(names)})=(?![^\s]*/)", r"--\1=", line)  # a path may have such a word in it
+    return re.sub(rf"(?<!\S)({'|'.join(names)})=(?!\S*/)", r"--\1=", line)  # a path may have such a word in it
 
 
 class _Interrupted(KeyboardInterrupt):

@@ -39,7 +39,9 @@ def run(results: command.ResultsDir = RESULTS) -> None:
 
 
 def check(folder: Path, there: bool = False) -> None:
-    """Raises UsageError where `folder` can hold no results, or has a page that was not made of some; CheckpointError."""
+    """Raises UsageError where `folder` can hold no results, or has a page that was not made of some, CheckpointError for
+    a control or a probe that is none.
+    """
     command.check_folder("results", folder, there)
     page = folder / "README.md"
     if page.is_file() and not page.read_bytes().startswith(TITLE.encode()):

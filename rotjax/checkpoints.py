@@ -188,8 +188,7 @@ def _finish(checkpoints: Checkpoints, step: int, size: int, response: ocp.AsyncR
         with suppress(OSError, CheckpointError):
             if processes.primary():
                 checkpoints.claim()
-                manifests.begin(directory, step)  # Orbax may still be writing other parts, which the next run clears away
-                manifests.clear(directory, step)
+                manifests.clear(directory, step)  # not its marker: what Orbax may still be writing the next run clears away
         if processes.lost(error):
             raise
         raise _unsaved(directory, step, size, error) from error

@@ -31,9 +31,10 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
 
     That of a label below 0 or from C on, in 32 bits, is NaN. Raises TypeError for labels that are no integers.
     """
-    if not jnp.issubdtype(jnp.asarray(labels).dtype, jnp.integer):
-        raise TypeError(f"labels are {jnp.asarray(labels).dtype}; give integers, the numbers of the classes")
-    labels = jnp.asarray(labels, jnp.int32)  # of 8 bits it could not be made C, of 32 without a sign not be below 0
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels are {labels.dtype}; give integers, the numbers of the classes")
+    labels = labels.astype(jnp.int32)  # of 8 bits it could not be made C, of 32 without a sign not be below 0
     labels = jnp.where(labels < 0, logits.shape[-1], labels)  # optax would count those below 0 from the last class
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return (1 - smoothing) * loss - smoothing * jax.nn.log_softmax(logits).mean(-1) if smoothing else loss

@@ -135,12 +135,12 @@ def test_validation_images_are_a_share_of_each_class_the_same_in_every_run_and_n
 
 def test_validation_is_refused_where_there_is_nothing_to_take_or_too_much_to_copy(monkeypatch):
     single = Dataset("numbers", tuple("0123"), numbered(4), numbered(4))
-    with pytest.raises(UsageError, match="validation=0.5: no class has two images"):
+    with pytest.raises(UsageError, match="^validation=0.5: no class has two images"):
         sources.validated(single, 0.5)
     unlabelled = Dataset("photographs", (), *(numbered(9) | {"label": np.full(9, -1)} for _ in range(2)))
     assert len(sources.validated(unlabelled, 0.4).test["label"]) == 3
     monkeypatch.setattr(sources, "IN_MEMORY", 9 * 8 * 8 * 3 - 1)
-    with pytest.raises(UsageError, match="validation=.* copies .* into memory; put some into a folder val"):
+    with pytest.raises(UsageError, match="^validation=0.4 copies .* of images into memory; put some into a folder val"):
         sources.validated(unlabelled, 0.4)
 
 
@@ -187,7 +187,7 @@ def test_a_test_image_is_turned_anew_every_epoch_and_alike_for_every_batch_size(
 
 @pytest.mark.parametrize("size", [0, -1, 49])
 def test_a_batch_that_does_not_fit_is_refused(images, size):
-    with pytest.raises(UsageError, match="batch_size=.* is larger than"):
+    with pytest.raises(UsageError, match="^batch_size=.* is larger than"):
         batches.train_batches(images, tasks.classify, size, 1, seed=0)
 
 
@@ -229,11 +229,11 @@ def test_each_image_needs_a_label_of_its_own(images, make, count):
 
 def test_seeds_and_sizes_out_of_range_are_refused_before_a_batch_is_made(images):
     for seed in (-1, 2**32):
-        with pytest.raises(UsageError, match=f"seed={seed} is out of range"):
+        with pytest.raises(UsageError, match=f"^seed={seed} is out of range"):
             batches.train_batches(images, tasks.classify, 8, 1, seed=seed)
-        with pytest.raises(UsageError, match=f"seed={seed} is out of range"):
+        with pytest.raises(UsageError, match=f"^seed={seed} is out of range"):
             batches.eval_batches(images, tasks.classify, 8, seed=seed)
-    with pytest.raises(UsageError, match="batch_size=0 is too small"):
+    with pytest.raises(UsageError, match="^batch_size=0 is too small"):
         batches.eval_batches(images, tasks.classify, 0)
 
 
@@ -242,7 +242,7 @@ def test_subsets_are_stratified_seeded_and_nested(images):
     np.testing.assert_array_equal(np.bincount(images["label"][ten]), [10, 10, 10])
     assert set(five) < set(ten)
     assert set(five) != set(sources.subset(images["label"], 5, seed=2))
-    with pytest.raises(UsageError, match="subset=17 is more than the 16 images"):
+    with pytest.raises(UsageError, match="^subset=17 is more than the 16 images"):
         sources.subset(images["label"], 17, seed=1)
     with pytest.raises(UsageError, match="16 images of class cats; use at most that"):
         sources.subset(images["label"], 17, seed=1, classes=("cats", "dogs", "apes"))

@@ -267,7 +267,7 @@ def test_F4_no_home_and_no_cache_folder(monkeypatch, tmp_path, cache, notes):
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # nor does /etc/passwd know this user
     command.cache_compilations()
     assert [note.startswith("no compilation cache: ") for note in notes] == [True, True]
-    with pytest.raises(UsageError, match="no home folder.*data_dir"):
+    with pytest.raises(UsageError, match="no home folder.*data_dir=FOLDER$"):
         catalogue.home(None)
 
 

@@ -287,6 +287,12 @@ def test_D4_what_another_state_gave_is_not_trusted_where_it_is_damaged(home, dam
     assert before(OTHER, SIZE, FACTS) == {}
 
 
+def test_D4_what_another_state_gave_is_not_trusted_where_other_facts_may_be_meant(home):
+    decoded(f"{SOURCE}-{KEY}", 6, SIZE, records, FACTS)
+    flip(home / f"{SOURCE}-{KEY}" / "facts.json")
+    assert before(OTHER, SIZE, FACTS) == {}
+
+
 def test_D4_two_at_once_decode_once():
     both, asked = threading.Barrier(2), []
 

@@ -57,7 +57,7 @@ def first_step(folder):
     found |= {"label": np.concatenate([seen[t]["label"] for t in range(2)]), "pixels": batch["image"], "made": made}
     found["score"] = scores
     if not processes.alone():
-        with pytest.raises(UsageError, match="batch_size=33 cannot be shared among 2 devices; use 32"):
+        with pytest.raises(UsageError, match="^batch_size=33 cannot be shared among 2 devices; use 32"):
             rotjax.train_batches(data, rotjax.random_turn, 33, 2, seed=0)
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
     np.savez(folder / f"{jax.process_index()}.npz", **flat)

@@ -241,7 +241,7 @@ def test_what_is_not_said_suits_the_devices(plan, monkeypatch, caplog):
             return self.memory
 
     assert feeds.choose(plan, None, None, None) == feeds.Feed("host", 1, 0) and not caplog.text
-    with pytest.raises(UsageError, match="steps_per_dispatch=9 is out of range; it is at least 1 and here at most 8"):
+    with pytest.raises(UsageError, match="^steps_per_dispatch=9 is out of range; it is at least 1 and here at most 8"):
         feeds.choose(plan, None, 9, None)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for memory, where in (({"bytes_limit": 10**6}, "device"), ({"bytes_limit": 10**4}, "host"), (None, "host")):
@@ -257,7 +257,7 @@ def test_what_is_not_said_suits_the_devices(plan, monkeypatch, caplog):
     every = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, rotations="all"))
     assert feeds.choose(every, "host", None, 0) == feeds.Feed("host", 1, 0), "four views of each image are sent"
     assert feeds.choose(plan, "host", 1024, 0).per_dispatch == plan.epoch_steps
-    with pytest.raises(UsageError, match="threads=-1 is out of range; it is at least 0 and here at most 1024"):
+    with pytest.raises(UsageError, match="^threads=-1 is out of range; it is at least 0 and here at most 1024"):
         feeds.choose(plan, None, None, -1)
 
 

@@ -167,7 +167,7 @@ def test_P4_a_checkpoint_goes_on_on_any_number_of_devices_from_the_same_bits(dif
 
 def test_P4_a_batch_that_devices_cannot_share_is_refused_with_the_nearest_that_they_can():
     check_batch(128, 4)
-    with pytest.raises(UsageError, match="batch_size=126 cannot be shared among 4 devices; use 128"):
+    with pytest.raises(UsageError, match="^batch_size=126 cannot be shared among 4 devices; use 128"):
         check_batch(126, 4)
     with pytest.raises(UsageError, match="use 4"):
         check_batch(1, 4)

@@ -114,7 +114,7 @@ def test_by_default_the_rate_is_reached_before_it_first_falls(images, epochs):
 
 def test_a_warmup_in_which_the_rate_falls_is_refused(images):
     data, given = rotjax.Dataset("noise", ("a", "b", "c"), images, images), dict(stem="cifar", width=4, batch_size=12)
-    with pytest.raises(UsageError, match="warmup_epochs=3 reaches the first drop of the rate, decay_epochs=3; give"):
+    with pytest.raises(UsageError, match="^warmup_epochs=3 reaches the first drop of the rate, decay_epochs=3; give"):
         rotjax.plan(rotjax.Rotation(epochs=10, warmup_epochs=3, decay_epochs=3, **given), data=data)
     for able in (dict(epochs=10, decay_epochs=4), dict(epochs=3, decay_epochs=3), dict(epochs=9, schedule="cosine")):
         rotjax.plan(rotjax.Rotation(warmup_epochs=3, **able, **given), data=data)

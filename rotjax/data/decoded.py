@@ -76,10 +76,10 @@ def fingerprint(*facts: Any) -> str:
 
 def before(key: str, image_size: int, facts: Sequence[Fact]) -> dict[Fact, np.ndarray]:
     """Of those of `facts` that other states of the source of `key` have pixels for, these, u8 `[H,H,3]`."""
-    found: dict[Fact, np.ndarray] = {}
+    found, wanted = dict[Fact, np.ndarray](), set(facts)
     with suppress(OSError, RuntimeError):
-        for folder in _others(cache("decoded") / key) if facts else ():
-            found |= storage.known(folder, image_size, set(facts))
+        for folder in _others(cache("decoded") / key) if wanted else ():
+            found |= storage.known(folder, image_size, wanted)
     return found
 
 

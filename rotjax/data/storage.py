@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def known(folder: Path, image_size: int, wanted: Set[Fact]) -> dict[Fact, np.nda
             arrays, dropped = stored
             images, there = arrays["image"], [number for number in range(len(facts)) if number not in dropped]
         else:
-            images, rows = _unfinished(folder, image_size)
+            images, rows, _ = _unfinished(folder, image_size)
             there = [number for number, row in enumerate(rows) if not isinstance(row, str)]
         return {facts[number]: pixels for number, pixels in zip(there, images, strict=True) if facts[number] in wanted}
     except (OSError, ValueError, TypeError, IndexError, RecursionError):
@@ -78,9 +79,9 @@ def write(folder: Path, image_size: int, records: Records, facts: Sequence[Fact]
         begun.mkdir(mode=0o700, exist_ok=True)
         if facts:
             (begun / FACTS).write_text(json.dumps(facts))
-        rows = _append(begun, image_size, records)
+        rows, content = _append(begun, image_size, records)
         np.save(begun / LABELS, labels := _labels(rows), allow_pickle=False)
-        digests = {name: digest(begun / name) for name in (IMAGES, LABELS, *([FACTS] if facts else []))}
+        digests = {IMAGES: content} | {name: digest(begun / name) for name in (LABELS, *([FACTS] if facts else []))}
         about = {"count": len(labels), "dropped": _dropped(rows), "sha256": digests}
         (begun / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
         os.replace(begun, folder)
@@ -97,12 +98,11 @@ def partial(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.partial")
 
 
-def _append(begun: Path, image_size: int, records: Records) -> list[Row]:
-    """The rows of all records; their pixels are in `begun`, where those are appended that it lacks."""
-    there, rows = _unfinished(begun, image_size)
+def _append(begun: Path, image_size: int, records: Records) -> tuple[list[Row], str]:
+    """The rows of all records, whose pixels are in `begun`, where those are appended that it lacks; the SHA-256 of these."""
+    there, rows, content = _unfinished(begun, image_size)
     if rows:
         log.info(f"{len(rows):,} of them are there already")
-    content = hashlib.sha256(there.data)
     with open(begun / IMAGES, "ab") as images:
         images.truncate(there.nbytes)
 
@@ -123,20 +123,23 @@ def _append(begun: Path, image_size: int, records: Records) -> list[Row]:
                     saved = time.monotonic()
         finally:
             save()
-    return rows
+    return rows, content.hexdigest()
 
 
-def _unfinished(begun: Path, image_size: int) -> tuple[np.ndarray, list[Row]]:
-    """The images that a process which was stopped left in `begun`, and the rows; none where they may be others."""
+def _unfinished(begun: Path, image_size: int) -> tuple[np.ndarray, list[Row], Any]:
+    """The images that a process which was stopped left in `begun`, the rows, and the hash to go on with; none where they may
+    be others.
+    """
     try:
         about = json.loads((begun / ROWS).read_text())
         images, rows = _mapped(begun / IMAGES, len(_labels(about["rows"])), image_size), about["rows"]
-        whole = all(type(row) in (int, str) for row in rows) and hashlib.sha256(images.data).hexdigest() == about["sha256"]
+        content = hashlib.sha256(images.data)
+        whole = all(type(row) in (int, str) for row in rows) and content.hexdigest() == about["sha256"]
         if whole and begun.stat().st_uid == os.getuid():
-            return images, rows
+            return images, rows, content
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         pass
-    return np.empty((0, image_size, image_size, 3), np.uint8), []
+    return np.empty((0, image_size, image_size, 3), np.uint8), [], hashlib.sha256()
 
 
 def _mapped(path: Path, count: int, image_size: int) -> np.ndarray:
