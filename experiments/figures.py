@@ -79,7 +79,8 @@ def _curves(run: _Run) -> Figure | None:
     falls = [step // epoch_steps for step in run.plan.boundaries]
     title = f"{_data(recipe)}: {recipe.backbone} learns to predict {what(recipe)}"
     tested = recipe.tested_on.partition(" ")[0]
-    return plots.curves([row for row in rows if "test_loss" in row], epoch_steps, falls, title, tested)
+    caption = f"After each epoch, one random turn of each of the {recipe.tested_on}" if recipe.job == "rotation" else ""
+    return plots.curves([row for row in rows if "test_loss" in row], epoch_steps, falls, title, caption, tested)
 
 
 def _predictions(run: _Run) -> Figure:
@@ -89,13 +90,15 @@ def _predictions(run: _Run) -> Figure:
     predicted = given.argmax(-1)
     title = f"Predicted {what(recipe)}: {(predicted == true).sum()} of {len(spread)} right"
     turned = ", each turned counter-clockwise at random" if recipe.job == "rotation" else ""
-    caption = f"{_data(recipe)}: {len(spread)} of the {len(test['label']):,} {recipe.tested_on}, evenly spaced{turned}"
-    return plots.predictions(images, true, predicted, recipe.classes, title, caption)
+    caption = f"{_data(recipe)}: {some(len(spread), len(test['label']), recipe.tested_on)}{turned}"
+    return plots.predictions(images, true, predicted, given.max(-1), recipe.classes, title, caption)
 
 
-def _confusion(run: _Run) -> Figure:
+def _confusion(run: _Run) -> Figure | None:
     recipe, images = run.plan.recipe, len(run.plan.data.test["label"])
-    matrix = np.array(read_summary(run.workdir)["confusion"])
+    if (counts := read_summary(run.workdir)["confusion"]) is None:  # of too many classes
+        return None
+    matrix = np.array(counts)
     views = f"all four turns of {images:,}" if recipe.job == "rotation" else f"{images:,}"
     title = f"Predicted {what(recipe)}: {np.trace(matrix) / matrix.sum():.2%} right"
     return plots.confusion(matrix, recipe.classes, title, f"{_data(recipe)}: {views} {recipe.tested_on}")
@@ -112,11 +115,13 @@ def _mistakes(run: _Run) -> Figure:
     )
     worst = heapq.nlargest(SHOWN, wrong)  # of the test set, which may be larger than memory, no more is kept
     count = next(numbers)
-    _, _, images, true, predicted = zip(*worst, strict=True) if worst else ((),) * 5
-    title = f"Most surely mistaken {what(recipe)}: {len(worst)} of {count:,}"
+    surest = f"the surest {len(worst)} of {count:,}" if len(worst) < count else f"all {count}" if count else "none"
+    columns = zip(*worst, strict=True) if worst else ((),) * 5
+    sure, _, images, true, predicted = map(np.array, columns)
+    title = f"Mistaken {what(recipe)}: {surest}"
     turned = ", each on one random turn" if recipe.job == "rotation" else ""
     caption = f"{_data(recipe)}: of the {len(test['label']):,} {recipe.tested_on}{turned}, the surest first"
-    return plots.predictions(np.array(images), np.array(true), np.array(predicted), recipe.classes, title, caption)
+    return plots.predictions(images, true, predicted, sure, recipe.classes, title, caption)
 
 
 def _filters(run: _Run) -> Figure:
@@ -130,6 +135,11 @@ def _filters(run: _Run) -> Figure:
 
 def _data(recipe: rotjax.Recipe) -> str:
     return plots.short(Path(recipe.dataset).resolve().name, 40)
+
+
+def some(shown: int, count: int, what: str) -> str:
+    """Which images of `count` are shown."""
+    return f"all {count:,} {what}" if shown == count else f"{shown} of the {count:,} {what}, evenly spaced"
 
 
 def what(recipe: rotjax.Recipe) -> str:

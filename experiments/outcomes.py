@@ -1,6 +1,5 @@
 """What trained runs came to, as `experiments.reproduce` and `experiments.control` leave it among the results."""
 
-import math
 import re
 import statistics
 import subprocess
@@ -67,7 +66,8 @@ def _outcome(path: Path) -> Outcome:
             raise ValueError(f"but of {name}")
         if not 0 <= one.score <= 100:
             raise ValueError(f"accuracy {one.score:.2f}%")
-        complete = len(one.epochs) == math.ceil(one.summary["epochs"]) and one.epochs[-1]["step"] == one.summary["steps"]
+        numbered = [row["epoch"] for row in one.epochs] == [*range(1, len(one.epochs) + 1)]
+        complete = numbered and bool(one.epochs) and one.epochs[-1]["step"] == one.summary["steps"]
     except (TypeError, KeyError, ValueError) as error:  # of a field that is missing, or that is none
         raise CheckpointError(f"{path} is no result of a run ({reason(error)}); move it elsewhere") from error
     if not complete:

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from PIL import Image
 
 from rotjax import files
@@ -40,19 +40,21 @@ STYLE = {
 styled = partial(matplotlib.style.context, ["default", STYLE])  # whatever the user's own defaults are
 
 
-def curves(rows: Sequence[dict], epoch_steps: int, falls: Sequence[int], title: str, tested: str = "test") -> Figure:
+def curves(
+    rows: Sequence[dict], epoch_steps: int, falls: Sequence[int], title: str, caption: str = "", tested: str = "test"
+) -> Figure:
     """Loss and accuracy over epochs of the epochs' `rows` of metrics.jsonl; the learning rate falls after epochs `falls`.
 
     The line of what was `tested` on is called so.
     """
     epochs = np.array([row["step"] for row in rows]) / epoch_steps
     marker = "o" if len(rows) <= 25 else ""
-    figure = titled((8, 3.2), title)
+    figure = titled((8, 3.4 if caption else 3.2), title, caption)
     panels = zip(figure.subplots(1, 2), ("loss", "accuracy"), ("Loss", "Accuracy in %"), (1, 100), strict=True)
     for axes, key, name, unit in panels:
         for split, colour, line in (("train", BLUE, "--"), ("test", VERMILLION, "-")):
             values = unit * np.array([row[f"{split}_{key}"] for row in rows])
-            last = f"{tested if split == 'test' else split}, {values[-1]:.2f} at the end"
+            last = f"{tested if split == 'test' else split}, {rounded(values[-1], 2)} at the end"
             axes.plot(epochs, values, line, color=colour, marker=marker, markersize=3.5, label=last)
         for number, fall in enumerate(falls):
             label = "learning rate / 10" if number == 0 and key == "loss" else None
@@ -60,6 +62,8 @@ def curves(rows: Sequence[dict], epoch_steps: int, falls: Sequence[int], title: 
         losses = [value for row in rows for value in (row["train_loss"], row["test_loss"])]
         if key == "loss" and max(losses) > 20 * float(np.median(losses)) > 0:  # of networks whose statistics are young
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())  # without mathematics, see STYLE
+            axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
         axes.set(title=name, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator("auto" if epochs[-1] > 1 else 3, integer=True, min_n_ticks=1))
         axes.legend()
@@ -67,21 +71,29 @@ def curves(rows: Sequence[dict], epoch_steps: int, falls: Sequence[int], title: 
 
 
 def predictions(
-    images: np.ndarray, true: np.ndarray, predicted: np.ndarray, classes: Sequence[str], title: str, caption: str
+    images: np.ndarray,
+    true: np.ndarray,
+    predicted: np.ndarray,
+    sure: np.ndarray,
+    classes: Sequence[str],
+    title: str,
+    caption: str,
 ) -> Figure:
-    """`images` u8 `[N,H,H,3]`, eight to a row, each with what was predicted; the wrong ones framed, with what is true."""
+    """`images` u8 `[N,H,H,3]`, eight to a row, each with what was predicted and how surely; the wrong ones framed, with
+    what is true.
+    """
     lines = max(-(-len(images) // 8), 1)
     figure = titled((8, 1.32 * lines + 0.6), title, caption, dpi=100)  # photographs do not compress: below 300 kB as it is
     grid = figure.subplots(lines, 8, squeeze=False).flat
     for axes in grid[len(images) :]:
         axes.set_visible(False)
-    for axes, image, truth, guess in zip(grid, images, true, predicted, strict=False):
+    for axes, image, truth, guess, share in zip(grid, images, true, predicted, sure, strict=False):
         wrong = bool(truth != guess)
         axes.imshow(image)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(visible=wrong, color=VERMILLION, linewidth=3)
-        said, so = (short(classes[int(kind)], 12) for kind in (guess, truth))
-        text = f"{said} \N{BALLOT X}\nis {so}" if wrong else said
+        said, so = (short(classes[int(kind)], 10) for kind in (guess, truth))
+        text = f"{said} {share:.0%}" + f" \N{BALLOT X}\nis {so}" * wrong
         axes.set_xlabel(text, fontsize=8, color=VERMILLION if wrong else INK)
     return figure
 
@@ -116,7 +128,7 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], title: str, caption: s
 
 def filters(before: np.ndarray, after: np.ndarray, title: str) -> Figure:
     """Kernels `[h,w,3,N]` as images, each stretched from black to white."""
-    figure = titled((8, 4.4), title)
+    figure = titled((8, 0.8 + 0.45 * -(-before.shape[-1] // 8)), title)
     for axes, kernels, name in zip(figure.subplots(1, 2), (before, after), ("before", "after"), strict=True):
         low, high = kernels.min((0, 1, 2)), kernels.max((0, 1, 2))
         tiles = np.pad((kernels - low) / np.maximum(high - low, 1e-12), ((0, 1), (0, 1), (0, 0), (0, 0)), constant_values=1)
@@ -145,6 +157,11 @@ def titled(size: tuple[float, float], title: str, caption: str = "", dpi: int = 
     if caption:
         figure.supxlabel(caption, x=0.01, ha="left", color=GREY, fontsize=8.5)
     return figure
+
+
+def rounded(value: float, digits: int) -> str:
+    """`value` to so many `digits` after the point, where it is not one of the huge losses of young statistics."""
+    return f"{value:.{digits}f}" if value < 10**4 else f"{value:.2e}"
 
 
 def short(name: str, limit: int = 16) -> str:

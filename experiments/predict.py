@@ -52,21 +52,24 @@ def run(pretrained: Path, images: Path, output: Annotated[Path | None, command.d
     folder = command.made(output or pretrained, "name another folder, --output")
     table, sheet = (folder / f"{stem}.{kind}" for kind in ("csv", "png"))
     spread = set(np.linspace(0, len(names) - 1, figures.SHOWN).astype(int).tolist())
-    guesses, lines, drawn, unreadable = Counter[int](), [], [], []
+    guesses, drawn, unreadable = Counter[int](), [], []
+    text = io.StringIO(newline="")
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["file", "prediction", "probability", *recipe.classes])
     seen = command.decoding(predicted(model, variables, recipe, images, names), total=len(names))
     for number, (name, (pixels, given)) in enumerate(zip(names, seen, strict=True)):
         if given is None:
             unreadable.append(f"{shown(name)} ({shown(pixels)})")
-            lines.append([name, *[""] * (2 + len(recipe.classes))])
+            lines.writerow([name, *[""] * (2 + len(recipe.classes))])
             continue
         guess = int(given.argmax())
         guesses[guess] += 1
-        lines.append([name, recipe.classes[guess], *(f"{value:.6f}" for value in (given[guess], *given))])
+        lines.writerow([name, recipe.classes[guess], *(f"{value:.6f}" for value in (given[guess], *given))])
         if number in spread or not drawn:
-            drawn.append((pixels, guess))
+            drawn.append((pixels, guess, given[guess]))
     if not guesses:
         raise DataError(f"none of the {len(names):,} images in {shown(images)} can be read: {few(unreadable)}")
-    _write(table, [["file", "prediction", "probability", *recipe.classes], *lines])
+    files.write(table, text.getvalue().encode(errors="surrogateescape"))  # names that are not text keep their bytes
     _draw(sheet, drawn, recipe, guesses.total(), images)
     if unreadable:
         what = f"{len(unreadable):,} of {len(names):,} images cannot be read and have no prediction"
@@ -84,28 +87,23 @@ def predicted(
     """Of each of `names` in `folder` the pixels and the probabilities f32 `[C]`, or why it cannot be read and None."""
     size = recipe.image_size
     together = max(1, min(TOGETHER, ROOM // (3 * size**2)))
+    batch_size = min(recipe.batch_size, together, len(names))
     for begin in range(0, len(names), together):
         squares = photographs.squares(folder, names[begin : begin + together], size)
         read = [square for square in squares if not isinstance(square, str)]
-        given = iter(rotjax.probabilities(model, variables, np.stack(read), batch_size=recipe.batch_size) if read else ())
+        read += [np.zeros((size, size, 3), np.uint8)] * (-len(read) % batch_size)  # or a smaller batch would compile anew
+        given = iter(rotjax.probabilities(model, variables, np.stack(read), batch_size=batch_size) if read else ())
         for square in squares:
             yield square, None if isinstance(square, str) else next(given)
 
 
-def _write(path: Path, lines: Sequence[Sequence[str]]) -> None:
-    """A CSV of `lines`; names of files that are not text keep their bytes."""
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    files.write(path, text.getvalue().encode(errors="surrogateescape"))
-
-
-def _draw(path: Path, drawn: Sequence[tuple[np.ndarray, int]], recipe: rotjax.Recipe, count: int, folder: Path) -> None:
-    """Draws the pixels and the prediction of some of `count` images in `folder`."""
-    images, guesses = map(np.array, zip(*drawn, strict=True))
+def _draw(path: Path, drawn: Sequence[tuple], recipe: rotjax.Recipe, count: int, folder: Path) -> None:
+    """Draws some of `count` images in `folder`: of each the pixels, the prediction and its probability."""
+    images, guesses, sure = map(np.array, zip(*drawn, strict=True))
     title = f"Predicted {figures.what(recipe)}"
-    caption = f"{plots.short(folder.resolve().name, 40)}: {len(drawn)} of {count:,} images, evenly spaced"
+    caption = f"{plots.short(folder.resolve().name, 40)}: {figures.some(len(drawn), count, 'images')}"
     with plots.styled():
-        plots.save(plots.predictions(images, guesses, guesses, recipe.classes, title, caption), path)
+        plots.save(plots.predictions(images, guesses, guesses, sure, recipe.classes, title, caption), path)
 
 
 if __name__ == "__main__":

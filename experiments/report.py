@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from experiments import figures
+from experiments import figures, plots
 from rotjax import presets
 from rotjax.errors import launcher
 from rotjax.planning import Plan
@@ -137,11 +137,11 @@ class Progress:
         if not self.headed:
             say("\n" + (HEADER if not self.plan.recipe.validation else HEADER.replace("test", "val.")))
             self.headed = True
-        train, test = (f"{100 * row[key]:.2f}%" for key in ("train_accuracy", "test_accuracy"))
-        say(
-            f"{row['epoch']:5d}   {row['train_loss']:10.4f}   {train:>14}   {row['test_loss']:9.4f}   {test:>13}"
-            f"   {tqdm.format_interval(seconds):>7}"
+        (train_loss, train), (test_loss, test) = (
+            (plots.rounded(row[f"{split}_loss"], 4), f"{100 * row[f'{split}_accuracy']:.2f}%") for split in ("train", "test")
         )
+        elapsed = tqdm.format_interval(seconds)
+        say(f"{row['epoch']:5d}   {train_loss:>10}   {train:>14}   {test_loss:>9}   {test:>13}   {elapsed:>7}")
 
     def _bar(self, step: int) -> tqdm:
         return tqdm(
@@ -170,11 +170,11 @@ def summarise(workdir: Path, plan: Plan, data_dir: Path | None = None) -> None:
 
 def facts(summary: dict) -> list[tuple[str, str]]:
     """Name and value of each line of the printed block."""
-    count, seed = sum(map(sum, summary["confusion"])), summary["seed"]
+    count, seed = summary["test_images"], summary["seed"]
     images = summary.get("tested_on", "test images")
     if "rotation_accuracy" in summary:
         lines = [
-            ("rotation accuracy", f"{summary['rotation_accuracy']:.2%} on all four turns of {count // 4:,} {images}"),
+            ("rotation accuracy", f"{summary['rotation_accuracy']:.2%} on all four turns of {count:,} {images}"),
             ("", f"{summary['rotation_accuracy_random']:.2%} on one random turn of each, as the published report scored"),
         ]
     else:

@@ -155,10 +155,10 @@ def done(run: Run, settings: Settings) -> bool:
 
 def overview(asked: Sequence[Run], settings: Settings, running: Run | None = None) -> str:
     """A line for each run, done with its accuracy, running, interrupted or left; and about how long the rest takes."""
-    lines, speeds, left = [], [], 0.0
+    lines, speeds, left, finished = [], [], 0.0, {run.name for run in asked if done(run, settings)}
     for run in asked:
         steps, total = progress(run, settings.workdirs)
-        if done(run, settings):
+        if run.name in finished:
             summary = read_summary(settings.workdirs / run.name)
             state = f"{accuracy(summary):.2f}%"
             speeds += [summary["images_per_second"] * cost(run)] if summary["images_per_second"] else []
@@ -173,7 +173,7 @@ def overview(asked: Sequence[Run], settings: Settings, running: Run | None = Non
     header = f"{'row':4}{'run':40}{'goal' if settings.preset == 'strong' else 'report':>10}   here"
     speed = statistics.median_high(speeds) if speeds else None
     hours = f"about {left / speed / 3600:.1f} hours" if speed else "how long is known once a run is done"
-    return "\n".join([header, *lines, f"{sum(done(run, settings) for run in asked)} of {len(asked)} done; left: {hours}"])
+    return "\n".join([header, *lines, f"{len(finished)} of {len(asked)} done; left: {hours}"])
 
 
 def progress(run: Run, workdirs: Path) -> tuple[int, int]:

@@ -39,8 +39,9 @@ def probabilities(model: Classifier, variables: dict, images: np.ndarray, *, bat
 def _applied(function: Callable, model: Classifier, variables: dict, images: np.ndarray, batch_size: int) -> Any:
     """The arrays of `function(model, variables, images)` for all `images`, a batch at a time."""
     check_pixels(images)
-    if not len(images):
-        raise ValueError("there are no images; give at least one")
+    if not images.size:
+        raise ValueError("there are no images, or none with pixels; give at least one")
+    images = np.asarray(images)  # of jax its devices may not be those of `mesh`
     mesh = data_mesh(jax.local_devices())
     variables = jax.device_put(jax.tree.map(np.asarray, variables), replicated(mesh))
     size = -(-min(batch_size, len(images)) // mesh.size) * mesh.size

@@ -30,9 +30,11 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[Callable[[]
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                busy = f"{what} is in use by {file.read().strip() or 'another process'}"
+                holder = file.read().strip() or "another process"
+                busy = f"{what} is in use by {holder}"
                 if not wait:
-                    raise InUseError(f"{busy}; wait for it") from None
+                    remedy = "close what it has begun there" if holder == _own_name() else "wait for it"
+                    raise InUseError(f"{busy}; {remedy}") from None
                 log.info(f"{busy}; waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
@@ -47,13 +49,17 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[Callable[[]
                 log.info(f"taking {what} over from {died}, which died")
             try:
                 file.truncate(0)
-                print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+                print(_own_name(), file=file, flush=True)
                 yield lambda: leads_to(path, file.fileno())
             finally:
                 with suppress(OSError):
                     if leads_to(path, file.fileno()):  # else it is another process's
                         path.unlink()
             return
+
+
+def _own_name() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def held(path: Path) -> bool:

@@ -28,6 +28,8 @@ def labels(params, frozen: tuple[str, ...] = ()):
 
     Raises UsageError for a prefix under which there is nothing: a typing error would train everything.
     """
+    if isinstance(frozen, str):
+        raise UsageError(f"frozen={frozen!r} is one string; give a tuple of them, ({frozen!r},)")
     used = set()
 
     def label(path, _):

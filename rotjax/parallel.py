@@ -82,7 +82,7 @@ def shared(batch: dict, mesh: Mesh, equally: bool = False) -> dict:
     if _in_shard_map():
         return batch
     if equally:
-        check_batch(len(batch["label"]), mesh.size)
+        check_batch(len(batch["image"]), mesh.size)
     return jax.tree.map(part, batch)
 
 
@@ -91,8 +91,8 @@ def _in_shard_map() -> bool:
 
 
 def check_batch(batch_size: int, devices: int) -> None:
-    """Raises UsageError where so many `devices` cannot share a batch equally."""
-    if batch_size % devices:
+    """Raises UsageError where so many `devices` cannot share a batch equally, or it is empty."""
+    if batch_size < 1 or batch_size % devices:
         nearest = max(1, round(batch_size / devices)) * devices
         raise UsageError(f"batch_size={batch_size} cannot be shared among {devices} devices; use {nearest}")
 
@@ -114,11 +114,15 @@ def place(batches: Iterable[dict], mesh: Mesh | None = None, *, axis: int = 0) -
     """Yields `batches` as global arrays, sharded along `axis` over the devices of `mesh`, by default all devices.
 
     With several processes, each passes only its own devices' slice, as `train_batches` yields it, not the global batch.
-    UsageError for a batch that the devices cannot share equally.
+    UsageError for a batch that the devices cannot share equally, or whose arrays are of several lengths.
     """
     mesh = mesh or data_mesh()
     put = partial(jax.make_array_from_process_local_data, split(mesh, axis))
     for batch in batches:
-        own = jax.tree.leaves(batch)[0].shape[axis]
+        lengths = {name: np.shape(values)[axis] if np.ndim(values) > axis else 0 for name, values in batch.items()}
+        own, *others = set(lengths.values())
+        if others:
+            odd = ", ".join(f"{length} {name}" for name, length in lengths.items())
+            raise UsageError(f"a batch has {odd}; give it one entry of each for every image")
         check_batch(own * mesh.size // max(len(mesh.local_devices), 1), mesh.size)
         yield put(batch)

@@ -77,6 +77,7 @@ def train(
         with processes.together():
             logged, write = stack.enter_context(workdirs.metrics(workdir, first)) if processes.primary() else ([], _ignore)
         score, elsewhere = scoring.scorer(plan, model, feed, partial(_until, stopping, log_steps)), 0.0
+        last: dict | None = None  # the score after an epoch
         stream = train_stream(plan, feed, mesh, recipe.train_task)
         step = _compiled(plan, feed, mesh, model, optimizer, state, stream)
         placed = stack.enter_context(closing(_placed(plan, feed, mesh, stream, first)))
@@ -92,9 +93,9 @@ def train(
                 for row in rows:
                     if "train_loss" in row:
                         elsewhere -= time.perf_counter()
-                        result = score(state.variables, recipe.eval_task, row["epoch"])
+                        last = score(state.variables, recipe.eval_task, row["epoch"])
                         elsewhere += time.perf_counter()
-                        row |= {"test_loss": result["loss"], "test_accuracy": result["accuracy"]}
+                        row |= {"test_loss": last["loss"], "test_accuracy": last["accuracy"]}
                     with processes.together():
                         write(row)
                     elsewhere -= time.perf_counter()
@@ -114,7 +115,7 @@ def train(
             seconds = time.perf_counter() - started - elsewhere
             _save(saved, state)
             log.info(f"scoring the {recipe.tested_on}")
-            scores = scoring.final_scores(plan, score, state.variables)
+            scores = scoring.final_scores(plan, score, state.variables, last)
         except _Signalled:
             _save(saved, state)
             with processes.together():

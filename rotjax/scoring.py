@@ -17,6 +17,8 @@ from rotjax.recipe import Rotation
 
 TOGETHER = 4  # batches of a GPU or TPU that are scored at once, where training keeps one for its gradients: they fit
 
+MOST = 1000  # classes whose confusion matrix goes into a summary: of 8,000 it would take 400 MB
+
 Score = Callable[[dict, tasks.Task, int], dict]
 
 
@@ -40,12 +42,15 @@ def scorer(plan: Plan, model: Classifier, feed: Feed, until: Callable[[Iterable]
     return score
 
 
-def final_scores(plan: Plan, score: Score, variables: dict) -> dict:
-    """Rotations on all four turns of every image, and as after every epoch on one random turn each; or classes."""
-    epoch = plan.last_epoch
+def final_scores(plan: Plan, score: Score, variables: dict, last: dict | None) -> dict:
+    """Rotations on all four turns of every image, and as after every epoch on one random turn each; or classes.
+
+    `last` is the score after the last epoch, None where an earlier process took it.
+    """
+    one = last or score(variables, plan.recipe.eval_task, plan.last_epoch)
     if isinstance(plan.recipe, Rotation):
-        every, one = score(variables, tasks.all_turns, epoch), score(variables, tasks.random_turn, epoch)
+        every = score(variables, tasks.all_turns, plan.last_epoch)
         accuracies = {"rotation_accuracy": every["accuracy"], "rotation_accuracy_random": one["accuracy"]}
         return accuracies | {"confusion": every["confusion"].tolist()}
-    result = score(variables, tasks.classify, epoch)
-    return {"accuracy": result["accuracy"], "confusion": result["confusion"].tolist()}
+    matrix = one["confusion"]
+    return {"accuracy": one["accuracy"], "confusion": matrix.tolist() if len(matrix) <= MOST else None}

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 log = logging.getLogger(__name__)
 
@@ -38,21 +38,36 @@ def second_signal() -> Callable[..., None]:
 def stopping() -> Iterator[threading.Event]:
     """An event that the first of the `heeded` signals sets; a second one, not its `ECHO`, ends the process at once.
 
-    Runs of one process may overlap: a signal stops them all.
+    Runs of one process may overlap: a signal stops them all. Processes that it forks meanwhile heed signals as before.
     """
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if not _in_main_thread():
         yield event
         return
     _events.append(event)  # before there are handlers: a signal that they take has an event to set
     try:
         if len(_events) == 1:
+            _handlers.close()  # of a run that ended in another thread
             _handlers.enter_context(_handled())
         yield event
     finally:
-        _events.remove(event)
-        if not _events:
+        with suppress(ValueError):  # in a forked process it is none of these
+            _events.remove(event)
+        if not _events and _in_main_thread():  # others cannot set handlers; the next signal takes these away
             _handlers.close()
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _forked() -> None:
+    """Has a forked process end by the signals that its parent's runs wait for."""
+    _events.clear()
+    _handlers.close()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 @contextmanager
@@ -74,7 +89,10 @@ def _handled() -> Iterator[None]:
         heard.close()
 
 
-def _stop(*_) -> None:
+def _stop(number: int, *_) -> None:
+    if not _events:
+        _handlers.close()
+        signal.raise_signal(number)
     for event in _events:
         event.set()
 
@@ -83,11 +101,12 @@ def _watch(heard: socket.socket) -> None:
     """Reads the numbers of signals as they come: Python's handlers wait where XLA compiles, for a minute at times."""
     again = None
     while number := heard.recv(1):
-        if number[0] not in ENDING:
+        if number[0] not in ENDING or not _events:
             continue
         if again:
             again(number[0])
             continue
         again = second_signal()
-        _stop()
+        for event in _events:
+            event.set()
         log.warning("stopping as soon as what is under way is done and saved; a second signal stops at once")

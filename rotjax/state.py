@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.core
 import flax.linen as nn
 import flax.struct
 import jax
@@ -72,7 +73,7 @@ def init_state(optimizer: optax.GradientTransformation, variables: dict, mesh: M
         return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables["params"]), no_sums())
 
     mesh = mesh or data_mesh()
-    variables = jax.tree.map(lambda x: x if isinstance(x, Tracer) else np.asarray(x), variables)
+    variables = jax.tree.map(lambda x: x if isinstance(x, Tracer) else np.asarray(x), flax.core.unfreeze(variables))
     return jax.jit(over(mesh, state), out_shardings=replicated(mesh))(variables)
 
 

@@ -29,11 +29,13 @@ def sent(data: Any, batch: dict) -> dict:
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """The loss `[B]` of logits `[B,C]`, with a share `smoothing` of each label spread evenly over the C classes.
 
-    That of a label below 0 or from C on, in 32 bits, is NaN. Raises TypeError for labels that are no integers.
+    That of a label below 0 or from C on, in 32 bits, is NaN. Raises TypeError for labels that are no integers, or not `[B]`.
     """
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels are {labels.dtype}; give integers, the numbers of the classes")
+    if labels.shape != logits.shape[:-1]:
+        raise TypeError(f"labels are {list(labels.shape)} for logits {list(logits.shape)}; give one for each image, [B]")
     labels = labels.astype(jnp.int32)  # of 8 bits it could not be made C, of 32 without a sign not be below 0
     labels = jnp.where(labels < 0, logits.shape[-1], labels)  # optax would count those below 0 from the last class
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -38,7 +38,7 @@ def graft(variables: dict, name: str, donor: dict) -> dict:
             f"the {name}s differ in {len(odd)} arrays, first {path}: "
             f"{_say(theirs.get(path))} in the donor, {_say(mine.get(path))} here"
         )
-    return {c: tree | ({name: donor[c]} if c in donor else {}) for c, tree in variables.items()}
+    return {c: {**tree, **({name: donor[c]} if c in donor else {})} for c, tree in variables.items()}
 
 
 def _shapes(tree: dict) -> dict[str, tuple]:

@@ -1,5 +1,6 @@
 """The cache of decoded images: stored once, whole or not at all, found again, and never trusted when it is not whole."""
 
+import hashlib
 import os
 import resource
 import shutil
@@ -181,6 +182,37 @@ def test_R3_a_decode_that_is_stopped_once_all_is_decoded_is_finished(home, monke
         patched.setattr("rotjax.data.storage.digest", lambda path: next(stopped(5)))
         stop()
     check(decoded(KEY, 6, SIZE, lambda start: records(start)[: 6 - start]))
+
+
+class Broken:
+    """A SHA-256 beside which a signal arrives, just as it has taken its second record."""
+
+    def __init__(self, digest, updates=0):
+        self.digest, self.updates = digest, updates
+
+    def copy(self):
+        return Broken(self.digest.copy(), self.updates)
+
+    def update(self, pixels):
+        self.digest.update(pixels)
+        self.updates += 1
+        if self.updates == 2:
+            raise KeyboardInterrupt
+
+    def hexdigest(self):
+        return self.digest.hexdigest()
+
+
+def test_R3_a_decode_that_is_stopped_between_a_record_and_its_row_loses_none_before_it(home, monkeypatch):
+    sha256 = hashlib.sha256
+    home.mkdir(parents=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(hashlib, "sha256", lambda content=b"": Broken(sha256(content)))
+        with pytest.raises(KeyboardInterrupt):
+            rotjax.data.storage.write(home / KEY, SIZE, records, ())
+    asked = []
+    check(decoded(KEY, 6, SIZE, lambda start: (asked.append(start), records(start))[1]))
+    assert asked == [1]
 
 
 def die(connection, home):

@@ -171,3 +171,5 @@ def test_P4_a_batch_that_devices_cannot_share_is_refused_with_the_nearest_that_t
         check_batch(126, 4)
     with pytest.raises(UsageError, match="use 4"):
         check_batch(1, 4)
+    with pytest.raises(UsageError, match="^batch_size=0 cannot be shared"):
+        check_batch(0, 1)

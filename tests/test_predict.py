@@ -26,6 +26,11 @@ def test_probabilities_are_the_softmax_of_the_logits_whatever_the_batch(images):
     found = rotjax.probabilities(model, variables, images["image"], batch_size=20)
     assert found.dtype == np.float32 and found.shape == (48, 3)
     np.testing.assert_allclose(found, jax.nn.softmax(model.apply(variables, images["image"])), atol=1e-6)
+    explicit = jax.sharding.NamedSharding(jax.make_mesh((1,), ("x",)), jax.sharding.PartitionSpec("x"))
+    placed = rotjax.probabilities(model, variables, jax.device_put(images["image"], explicit), batch_size=20)
+    np.testing.assert_array_equal(placed, found)
+    with pytest.raises(ValueError, match="there are no images, or none with pixels; give at least one"):
+        rotjax.probabilities(model, variables, images["image"][:, :0])
     with pytest.raises(TypeError, match=r"images are float64\[48, 8, 8, 3\]; give an array of uint8 pixels"):
         rotjax.probabilities(model, variables, images["image"] / 255)
     with pytest.raises(TypeError, match="images are list; give an array of uint8 pixels"):

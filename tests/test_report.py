@@ -20,6 +20,7 @@ SUMMARY = {
     "rotation_accuracy": 0.787712,
     "rotation_accuracy_random": 0.7841,
     "confusion": [[7900, 700, 700, 700]] * 4,
+    "test_images": 10000,
     "images_per_second": 1234.5,
     "epochs": 45,
     "steps": 17550,
@@ -103,14 +104,22 @@ def test_a_loss_that_begins_far_off_does_not_flatten_the_curve(first, scale):
     rows = [{"step": 2 * epoch, "train_loss": 1 / epoch, "test_loss": 2 / epoch} for epoch in range(1, 9)]
     rows = [row | {"train_accuracy": 0.5, "test_accuracy": 0.5} for row in rows]
     rows[0]["test_loss"] = first
-    loss, accuracy = plots.curves(rows, 2, [], "title").axes
+    with plots.styled():
+        figure = plots.curves(rows, 2, [], "title")
+        loss, accuracy = figure.axes
+        figure.draw_without_rendering()
     assert (loss.get_yscale(), accuracy.get_yscale()) == (scale, "linear")
+    labels = [label.get_text() for label in loss.get_yticklabels(which="both")]
+    assert any(labels) and not any("$" in label for label in labels), "mathematics is not set, as names may have a $"
+    assert loss.get_legend_handles_labels()[1] == ["train, 0.12 at the end", "test, 0.25 at the end"]
 
 
 def test_a_figure_of_noise_stays_small(tmp_path):
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (32, 128, 128, 3), dtype=np.uint8), rng.integers(0, 4, 32)
-    plots.save(plots.predictions(images, labels, labels[::-1], "abcd", "title", "caption"), tmp_path / "noise.png")
+    plots.save(
+        plots.predictions(images, labels, labels[::-1], rng.random(32), "abcd", "title", "caption"), tmp_path / "noise.png"
+    )
     assert 100_000 < (tmp_path / "noise.png").stat().st_size < 300_000
 
 
@@ -138,9 +147,10 @@ def test_curves_show_the_rows():
 
 def test_predictions_mark_the_wrong_ones():
     images = np.zeros((3, 8, 8, 3), np.uint8)
-    figure = plots.predictions(images, np.array([0, 1, 1]), np.array([0, 1, 0]), ("cat", "dog"), "title", "caption")
+    true, predicted, sure = np.array([0, 1, 1]), np.array([0, 1, 0]), np.array([0.9, 1, 0.614])
+    figure = plots.predictions(images, true, predicted, sure, ("cat", "dog"), "title", "caption")
     shown = [axes for axes in figure.axes if axes.get_visible()]
-    assert [axes.get_xlabel() for axes in shown] == ["cat", "dog", "cat \N{BALLOT X}\nis dog"]
+    assert [axes.get_xlabel() for axes in shown] == ["cat 90%", "dog 100%", "cat 61% \N{BALLOT X}\nis dog"]
     assert [axes.spines["left"].get_visible() for axes in shown] == [False, False, True]
 
 

@@ -184,6 +184,16 @@ def test_a_trial_is_told_from_the_run():
     assert trial.name == "3a-classification-first5-seed0" != run.name
 
 
+@pytest.mark.parametrize("steps", [1, 360])
+def test_a_trial_of_any_length_is_a_result(small, monkeypatch, steps):
+    (rotations, _) = reproduce.runs(1, "report")
+    trial = dataclasses.replace(rotations, recipe=dataclasses.replace(rotations.recipe, batch_size=4, max_steps=None))
+    monkeypatch.setattr(reproduce, "runs", lambda seeds, preset: [trial])
+    reproduce.run(dataclasses.replace(small, max_steps=steps))
+    (one,) = outcomes.load(small.results)
+    assert one.name == f"1-rotation-first{steps}-seed0" and one.epochs[-1]["step"] == steps
+
+
 def test_the_table_holds_the_mean_over_seeds_and_says_what_is_outside(tmp_path):
     results = []
     for seed, accuracy in enumerate((0.81, 0.83)):

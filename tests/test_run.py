@@ -58,6 +58,16 @@ def pretrained(data, tmp_path_factory):
     return workdir
 
 
+def test_the_last_test_is_scored_once_and_a_matrix_of_too_many_classes_is_left_out(data, tmp_path, monkeypatch):
+    asked, evaluate = [], rotjax.training.evaluate
+    monkeypatch.setattr(rotjax.training, "evaluate", lambda *given: asked.append(1) or evaluate(*given))
+    monkeypatch.setattr("rotjax.scoring.MOST", 2)
+    rows = carry_out(rotjax.Classification(**SMALL), data, tmp_path / "run")
+    tested = [row["test_accuracy"] for row in rows if "test_accuracy" in row]
+    final = summary(tmp_path / "run")
+    assert len(asked) == len(tested) and (final["accuracy"], final["confusion"]) == (tested[-1], None)
+
+
 def test_a_run_leaves_its_recipe_metrics_and_summary(pretrained, data):
     rows = [json.loads(line) for line in (pretrained / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6, 6, 8, 10, 12, 12]
@@ -765,7 +775,7 @@ def test_F1_a_workdir_in_use_is_refused(pretrained, data):
     plan = rotjax.plan(rotjax.Rotation(**SMALL), data=data)
     with (
         rotjax.workdirs.claimed(pretrained, plan.recipe, plan.data, plan.backbone),
-        pytest.raises(InUseError, match=f"in use by process {os.getpid()} on {socket.gethostname()}; wait"),
+        pytest.raises(InUseError, match=f"in use by process {os.getpid()} on {socket.gethostname()}; close"),
     ):
         list(rotjax.train(plan, pretrained))
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,6 +130,47 @@ def test_runs_that_overlap_all_hear_a_signal_and_the_last_leaves_things_as_they_
     assert second.wait(5) and not first.is_set()
     other.__exit__(None, None, None)
     assert {kind: signal.getsignal(kind) for kind in before} == before
+
+
+def test_a_run_that_ends_in_another_thread_leaves_signals_as_they_were_at_the_next():
+    before, heard = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}, []
+    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    threads = threading.active_count()
+    try:
+        for _ in range(2):
+            run = stopping()
+            run.__enter__()
+            other = threading.Thread(target=run.__exit__, args=(None, None, None))
+            other.start()
+            other.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM] and signal.getsignal(signal.SIGINT) == before[signal.SIGINT]
+        assert threading.active_count() == threads
+        with stopping() as event:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert event.wait(5)
+        assert heard == [signal.SIGTERM]
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def test_a_process_that_is_forked_during_a_run_ends_by_a_signal(tmp_path):
+    """In a process of its own, without the threads by which JAX forbids to fork."""
+    program = """
+import os, signal, time
+from rotjax.signals import stopping
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+with stopping() as event:
+    if not (child := os.fork()):
+        time.sleep(60)
+        os._exit(0)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGTERM)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM and not event.is_set()
+"""
+    words = [sys.executable, "-W", "ignore", "-c", program]
+    subprocess.run(words, check=True, timeout=50, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
 
 
 def test_C1_the_command_says_on_stderr_that_it_passes_over_a_damaged_checkpoint(call, tmp_path):

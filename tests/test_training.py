@@ -95,6 +95,9 @@ def test_smoothed_labels_are_shared_evenly_over_the_classes(smoothing):
         assert np.isnan(training.cross_entropy(logits, others, smoothing)).all(), "there is no such class"
     with pytest.raises(TypeError, match="labels are float32; give integers"):
         training.cross_entropy(logits, labels.astype(np.float32), smoothing)
+    for others in (labels[:, None], labels[:3], labels[:1]):
+        with pytest.raises(TypeError, match=r"for logits \[6, 5\]; give one for each image, \[B\]"):
+            training.cross_entropy(logits, others, smoothing)
     for least in (np.int8(-1), np.uint32(2**32 - 1)):  # what a label of -1 becomes
         assert np.isnan(training.cross_entropy(np.zeros((1, 200)), np.array([least]), smoothing))
 
@@ -133,6 +136,8 @@ def test_last_block_is_stage_four_and_the_head(name):
 
 
 def test_a_prefix_that_names_nothing_is_refused():
+    with pytest.raises(UsageError, match=r"^frozen='backbone' is one string; give a tuple of them, \('backbone',\)$"):
+        optim.labels({"backbone": {}}, "backbone")
     with pytest.raises(UsageError, match="no parameters under backbone/stage7"):
         optim.labels({"backbone": {"stage1": 1.0}, "head": 1.0}, ("backbone/stage7",))
     for held in ("backbone/stage4/block1", "backbone/stage7", "stage4", "head"):

@@ -1,3 +1,4 @@
+import flax.core
 import jax
 import numpy as np
 import pytest
@@ -19,6 +20,10 @@ def test_a_graft_takes_the_backbone_and_leaves_the_head():
     jax.tree.map(np.testing.assert_array_equal, rotjax.part(grafted, "backbone"), rotjax.part(donor, "backbone"))
     jax.tree.map(np.testing.assert_array_equal, rotjax.part(grafted, "head"), rotjax.part(classifier, "head"))
     jax.tree.map(np.testing.assert_array_equal, before, classifier)
+    frozen = rotjax.graft(flax.core.freeze(classifier), "backbone", rotjax.part(donor, "backbone"))
+    jax.tree.map(np.testing.assert_array_equal, flax.core.unfreeze(frozen), grafted)
+    state = rotjax.init_state(rotjax.adamw(1e-3), flax.core.freeze(classifier))
+    jax.tree.map(np.testing.assert_array_equal, state.variables, classifier)
 
 
 def test_parts_are_joined_to_what_they_were_taken_from():

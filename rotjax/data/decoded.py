@@ -58,14 +58,12 @@ def decoded(
             _make_room(folder, what, needed)
             log.info(f"decoding {what} into a {in_bytes(needed)} cache in {folder}")
             earlier = _others(folder)  # a later one may be there by the time that this one is
-            storage.write(folder, image_size, records, facts)
+            stored = storage.write(folder, image_size, records, facts)
             for other in earlier:
                 _remove(other)
         except OSError as error:
             remedy = "run the same command again, or set XDG_CACHE_HOME to another folder"
             raise DataError(f"cannot decode into {folder} ({error}); {remedy}") from error
-        if (stored := storage.read(folder, image_size)) is None:
-            raise DataError(f"{folder} cannot be read back; set XDG_CACHE_HOME to another folder")
         return stored
 
 

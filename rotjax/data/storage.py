@@ -72,8 +72,11 @@ def known(folder: Path, image_size: int, wanted: Set[Fact]) -> dict[Fact, np.nda
         return {}
 
 
-def write(folder: Path, image_size: int, records: Records, facts: Sequence[Fact]) -> None:
-    """Writes all of `folder`; an error leaves nothing, a ReadError, a signal or a kill what the next call goes on with."""
+def write(folder: Path, image_size: int, records: Records, facts: Sequence[Fact]) -> tuple[Arrays, dict[int, str]]:
+    """Writes all of `folder` and returns what `read` would.
+
+    An error leaves nothing, a ReadError, a signal or a kill what the next call goes on with.
+    """
     begun = partial(folder)
     try:
         begun.mkdir(mode=0o700, exist_ok=True)
@@ -86,6 +89,7 @@ def write(folder: Path, image_size: int, records: Records, facts: Sequence[Fact]
         (begun / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
         os.replace(begun, folder)
         (folder / ROWS).unlink()
+        return _arrays(_mapped(folder / IMAGES, len(labels), image_size), labels), _dropped(rows)
     except ReadError:
         raise
     except Exception:
@@ -101,29 +105,33 @@ def partial(folder: Path) -> Path:
 def _append(begun: Path, image_size: int, records: Records) -> tuple[list[Row], str]:
     """The rows of all records, whose pixels are in `begun`, where those are appended that it lacks; the SHA-256 of these."""
     there, rows, content = _unfinished(begun, image_size)
+    done = len(rows), content
     if rows:
         log.info(f"{len(rows):,} of them are there already")
     with open(begun / IMAGES, "ab") as images:
         images.truncate(there.nbytes)
 
         def save() -> None:
+            count, content = done
             images.flush()
             os.fsync(images.fileno())  # the pixels first: after a power failure no row may be without
-            (begun / f"{ROWS}.new").write_text(json.dumps({"rows": rows, "sha256": content.hexdigest()}))
+            (begun / f"{ROWS}.new").write_text(json.dumps({"rows": rows[:count], "sha256": content.hexdigest()}))
             os.replace(begun / f"{ROWS}.new", begun / ROWS)
 
         saved = time.monotonic()
         try:
             for pixels, row in _rows(records, image_size, len(rows)):
                 images.write(pixels)
-                content.update(pixels)
                 rows.append(row)
+                hashed = done[1].copy()
+                hashed.update(pixels)
+                done = len(rows), hashed  # at once: a signal between the two would leave a hash of other rows
                 if time.monotonic() - saved > SAVE_SECONDS:
                     save()
                     saved = time.monotonic()
         finally:
             save()
-    return rows, content.hexdigest()
+    return rows, done[1].hexdigest()
 
 
 def _unfinished(begun: Path, image_size: int) -> tuple[np.ndarray, list[Row], Any]:
