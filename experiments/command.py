@@ -1,10 +1,10 @@
-"""What the training commands share: flags, one line for an error, progress, and where everything was left."""
+"""What the commands share: flags are parsed, an error is one line; a run is trained with its progress, summary, figures."""
 
 import dataclasses
 import hashlib
 import logging
+import math
 import os
-import re
 import shutil
 import signal
 import stat
@@ -13,73 +13,35 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
 
 import jax
 import tyro
 from tqdm import tqdm
 
 import rotjax
-from experiments import figures, report
-from rotjax import checkpoints, feed, files, presets, processes
+from experiments import figures, flags, report
+from rotjax import checkpoints, feed, files, processes
 from rotjax.errors import DesertedError, RotjaxError, Stopped, UsageError, reason
-from rotjax.feed import Where
-from rotjax.recipe import NETWORK
 from rotjax.run import check_cadence
 from rotjax.signals import heeded, second_signal
 
 log = logging.getLogger(__name__)
 
-
-def default(words: str):
-    """A default that `--help` says in words."""
-    return tyro.conf.arg(help_behavior_hint=f"(default: {words})" if words else "")
-
-
-DataDir = Annotated[Path | None, default("$TFDS_DATA_DIR, else ~/tensorflow_datasets")]
-ResultsDir = Annotated[Path, default("experiments/results of the clone, else ./results")]
-
-
 SMALLER = "free the device of other programs, or use one with more memory"
 FEW = 200  # steps of a run
+SMALL = 8  # images of a batch, by whose mean and variance a network can be trained
 QUIET = 30  # seconds
 THIN = 32  # images of a batch for each device
-HOW = ("log_steps", "checkpoint_seconds", "augment", "steps_per_dispatch", "threads")  # of `rotjax.train`
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How a run is executed; not part of the recipe: it can change floating-point rounding only."""
-
-    workdir: Annotated[Path | None, default("runs/<job>-<dataset>-<backbone>-<hash of the recipe>")] = None
-    """Folder of the run; the same command resumes from its last checkpoint."""
-    data_dir: DataDir = None
-    """Folder of data sets prepared for TFDS."""
-    log_steps: int = 50
-    """Steps between rows of metrics.jsonl. Several processes heed signals and save only there."""
-    checkpoint_seconds: float = 60.0
-    """Seconds between checkpoints; the last step is saved in any case."""
-    augment: Annotated[Where | None, default("device on a GPU or TPU with memory for the images, else host")] = None
-    """Where images are cropped, mirrored and turned: the same, to the byte."""
-    steps_per_dispatch: Annotated[int | None, default("1 on a CPU, else up to 32")] = None
-    """Train steps per device dispatch; signals and checkpoints are handled between dispatches."""
-    threads: Annotated[int | None, default("0 on a CPU, else 1")] = None
-    """Threads that read batches ahead; 0: none is read ahead."""
-    distributed: bool = False
-    """Run as one of several processes, found from SLURM, Open MPI, Kubernetes or a TPU pod, else JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID (of several on one machine, each with its own CUDA_VISIBLE_DEVICES). All must see
-    the same workdir."""
 
 
 def main(kind: type[rotjax.Recipe]) -> int:
     """Parses the flags of `kind` and carries the run out; returns the exit code."""
 
-    def command(recipe, execution: Execution) -> None:
+    def command(recipe, execution: flags.Execution) -> None:
         run(kind(**dataclasses.asdict(recipe)), execution)
 
-    command.__annotations__["recipe"] = flags(kind)
+    command.__annotations__["recipe"] = flags.of(kind)
     return cli(command, kind.job, kind.__doc__, smaller="lower --batch_size, or say --augment=host")
 
 
@@ -138,26 +100,6 @@ def made(folder: Path, remedy: str = "fix it, or name another folder") -> Path:
     return folder
 
 
-def flags(kind: type[rotjax.Recipe]) -> type[rotjax.Recipe]:
-    """`kind` as tyro is to show it: a default that depends on the job and the data set is said in words."""
-    annotations = {}
-    for name, hint in get_type_hints(kind).items():
-        if name == "classes":
-            annotations[name] = Annotated[hint, tyro.conf.Suppress]
-        elif getattr(kind, name, 0) is None:
-            report, strong = presets.REPORT[kind.job], presets.STRONG[kind.job]
-            rate = f"{presets.SGD['learning_rate']} for a batch of {presets.SGD_BATCH}"
-            others = presets.DATASETS | {"strong": strong, "sgd": presets.SGD | {"learning_rate": rate}}
-            words = [str(report[name])] if name in report else []
-            words += [f"{other} {own[name]}" for other, own in others.items() if name in own]
-            words += ["the pretrained network's"] if name in NETWORK else []
-            annotations[name] = Annotated[hint | None, default("; ".join(words))]
-    body: dict[str, Any] = {name: getattr(kind, name) for name in annotations}
-    body |= {"__annotations__": annotations, "__doc__": "What is trained: the same recipe gives the same weights."}
-    shown: Any = type(kind.__name__, (kind,), body)
-    return dataclass(frozen=True)(shown)
-
-
 def guarded(job, resumes: bool = True, smaller: str = SMALLER) -> int:
     """Runs `job`; an error of ours, or a signal where nothing is to be saved yet, becomes one line and its exit code."""
     checkpoints.quiet()
@@ -184,17 +126,10 @@ def guarded(job, resumes: bool = True, smaller: str = SMALLER) -> int:
 
 def _failed(error: RotjaxError) -> int:
     """Says `error`; returns its exit code."""
-    report.complain(report.shortened(_as_flags(" ".join(str(error).split()))))
+    report.complain(report.shortened(flags.as_flags(" ".join(str(error).split()))))
     if isinstance(error, DesertedError):
         os._exit(error.exit_code)  # an orderly exit waits for the process that is gone
     return error.exit_code
-
-
-def _as_flags(line: str) -> str:
-    """`line` with each `name=value` of a recipe or its execution, as the library says it, written as a flag."""
-    kinds = (rotjax.Rotation, rotjax.Classification, Execution)
-    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    return re.sub(rf"(?<!\S)({'|'.join(names)})=(?!\S*/)", r"--\1=", line)  # a path may have such a word in it
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -209,7 +144,7 @@ def _interrupt(number, frame):
     raise _Interrupted
 
 
-def run(recipe: rotjax.Recipe, execution: Execution) -> None:
+def run(recipe: rotjax.Recipe, execution: flags.Execution) -> None:
     """Trains `recipe` and says what came of it."""
     workdir, plan = train(recipe, execution)
     with processes.together():
@@ -217,7 +152,7 @@ def run(recipe: rotjax.Recipe, execution: Execution) -> None:
             report.summarise(workdir, plan, execution.data_dir)
 
 
-def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Plan]:
+def train(recipe: rotjax.Recipe, execution: flags.Execution) -> tuple[Path, rotjax.Plan]:
     """The workdir of `recipe`, trained under a progress bar, with figures beside the run's files; and its plan."""
     check_cadence(execution.log_steps, execution.checkpoint_seconds)
     (processes.join if execution.distributed else processes.check_devices)()
@@ -232,7 +167,7 @@ def train(recipe: rotjax.Recipe, execution: Execution) -> tuple[Path, rotjax.Pla
     cache_compilations()
     workdir = execution.workdir or Path("runs") / plan.recipe.name
     with report.Progress(plan) as progress:
-        how = {name: getattr(execution, name) for name in HOW}
+        how = {name: getattr(execution, name) for name in flags.HOW}
         for row in rotjax.train(plan, workdir, **how, progress=progress.move):
             progress.show(row)
     figures.draw(workdir, plan)
@@ -306,7 +241,9 @@ def warn_of_few_steps(plan: rotjax.Plan) -> None:
     """Says so where a small set gives so few steps that hardly anything can be learnt."""
     if plan.recipe.max_steps is None and plan.steps < FEW:
         each = f"{plan.epochs} epochs of {plan.epoch_steps}"
-        log.warning(f"only {plan.steps} steps in all ({each}); to learn more, lower --batch_size or raise --epochs")
+        enough = 2 ** int(math.log2(max(1, plan.epochs * len(plan.data.train["label"]) / FEW)))  # images of a batch
+        remedy = f"--batch_size={enough}" if SMALL <= enough < plan.recipe.batch_size else "more --epochs"
+        log.warning(f"only {plan.steps} steps in all ({each}), in which little is learnt; give {remedy}")
 
 
 def warn_of_idle_gpu() -> None:

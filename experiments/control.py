@@ -16,6 +16,7 @@ import numpy as np
 
 import rotjax
 from experiments import command, tables
+from experiments.flags import DataDir, ResultsDir
 from experiments.outcomes import RESULTS, accuracy
 from experiments.peers import accelerator, augmented, networks, stemmed
 from experiments.report import say
@@ -39,8 +40,8 @@ def main() -> int:
 def control(
     run: str,
     workdirs: Path = Path("runs/reproduce"),
-    results: command.ResultsDir = RESULTS,
-    data_dir: command.DataDir = None,
+    results: ResultsDir = RESULTS,
+    data_dir: DataDir = None,
 ) -> None:
     """Train a run of `experiments.reproduce` by PyTorch, with torch and torchvision. It does not resume.
 

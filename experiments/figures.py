@@ -79,7 +79,7 @@ def _curves(run: _Run) -> Figure | None:
     falls = [step // epoch_steps for step in run.plan.boundaries]
     title = f"{_data(recipe)}: {recipe.backbone} learns to predict {what(recipe)}"
     tested = recipe.tested_on.partition(" ")[0]
-    caption = f"After each epoch, one random turn of each of the {recipe.tested_on}" if recipe.job == "rotation" else ""
+    caption = f"Tested on one random turn of each of the {recipe.tested_on}" if recipe.job == "rotation" else ""
     return plots.curves([row for row in rows if "test_loss" in row], epoch_steps, falls, title, caption, tested)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 import rotjax
 from experiments import command, figures, plots
+from experiments.flags import default
 from experiments.report import complain, say
 from rotjax import files, processes
 from rotjax.data import photographs
@@ -27,12 +28,12 @@ def main() -> int:
     return command.cli(run, "predict", resumes=False)
 
 
-def run(pretrained: Path, images: Path, output: Annotated[Path | None, command.default("the workdir")] = None) -> None:
+def run(pretrained: Path, images: Path, output: Annotated[Path | None, default("the workdir")] = None) -> None:
     """Say which class a trained network sees in each image of a folder; if it was trained on rotations, which turn.
 
     It leaves a table, predictions-<folder>.csv: each file, the prediction, its probability, and that of every class;
-    and predictions-<folder>.png, some of the images with what was predicted. The name tells folders apart. Turns are
-    counter-clockwise: what is predicted as 90° is upright once turned clockwise by as much.
+    and predictions-<folder>.png, some of the images with what was predicted. A hash in the name tells folders
+    apart. Turns are counter-clockwise: what is predicted as 90° is upright once turned clockwise by as much.
 
     Args:
         pretrained: Workdir of the run whose network it is.

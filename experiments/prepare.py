@@ -10,7 +10,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -20,6 +20,7 @@ from tensorflow_datasets.core import shuffle
 
 from experiments import command
 from experiments.archives import Archive, catalogued, fetch, lacking, verify
+from experiments.flags import DataDir, default
 from experiments.report import say
 from rotjax.data import catalogue, prepared
 from rotjax.errors import DataError, UsageError, in_bytes, launcher
@@ -44,17 +45,17 @@ def main() -> int:
 
 def run(
     dataset: tyro.conf.Positional[Literal["cifar10", "imagenette"]],
-    archive: Path | None = None,
-    data_dir: command.DataDir = None,
-    image_size: int | None = None,
+    archive: Annotated[Path | None, default("downloaded")] = None,
+    data_dir: DataDir = None,
+    image_size: Annotated[int | None, default("160")] = None,
 ) -> None:
     """Prepare a data set for TFDS's reader, without TensorFlow: download, check, convert. Run it again to go on.
 
     Args:
         dataset: Which.
-        archive: The data set's archive if it is on disk already; downloaded if not given.
+        archive: The data set's archive if it is on disk already.
         data_dir: TFDS's folder of prepared data sets.
-        image_size: Imagenette only: the smallest of its three versions with at least this side, 160 if not given.
+        image_size: Imagenette only: the smallest of its three versions with at least this side.
     """
     if image_size is not None and (dataset == "cifar10" or image_size < 1):
         raise UsageError(f"--image_size={image_size}: it is for imagenette, and at least 1; leave it out")

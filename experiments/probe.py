@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import jax
 from sklearn.linear_model import LogisticRegression
@@ -13,6 +14,7 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 
 import rotjax
 from experiments import command, tables
+from experiments.flags import DataDir, default
 from experiments.outcomes import PROBES, accuracy
 from experiments.report import say
 from rotjax import processes
@@ -31,25 +33,26 @@ def main() -> int:
 
 def run(
     pretrained: Path,
-    dataset: str | None = None,
-    image_size: int | None = None,
-    data_dir: command.DataDir = None,
+    dataset: Annotated[str | None, default("what the network was trained on")] = None,
+    image_size: Annotated[int | None, default("as in training")] = None,
+    data_dir: DataDir = None,
     neighbors: int = 20,
-    results: Path | None = None,
+    results: Annotated[Path | None, default("none")] = None,
 ) -> None:
     """Measure how well classes can be read from each stage of a trained network, without training it further.
 
     Features are the spatial mean of each stage's map. Logistic regression and k-nearest neighbours are fitted to those
     of the training images and scored on those of the test images; the same is done for randomly initialised weights.
-    The scores are written to probe-<dataset>.json in the workdir; the name tells other sizes and folders apart.
+    The scores are written to probe-<dataset>.json in the workdir; the name
+    includes another size, and a hash of the path of a folder.
 
     Args:
         pretrained: Workdir of the run whose network it is.
-        dataset: What is classified, by default what the network was trained on.
-        image_size: Side of the square images in pixels, by default as in training.
+        dataset: What is classified.
+        image_size: Side of the square images in pixels.
         data_dir: Folder of data sets prepared for TFDS.
         neighbors: Number of nearest training images that vote on the class of a test image.
-        results: Folder of results of `experiments.reproduce`, whose tables are to have the scores too.
+        results: Folder of results of `experiments.reproduce`; adds the scores to its tables.
     """
     if neighbors < 1:
         raise UsageError(f"--neighbors={neighbors} is too small; it is at least 1")

@@ -8,11 +8,13 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Annotated
 from xml.etree import ElementTree
 
 import tyro
 
 from experiments import command
+from experiments.flags import ResultsDir, default
 from experiments.outcomes import RESULTS, read_result
 from experiments.report import say
 from experiments.tables import table
@@ -30,11 +32,14 @@ def main() -> int:
     return command.cli(run, "reliability", resumes=False)
 
 
-def run(xml: tyro.conf.Positional[tuple[Path, ...]] = (), results: command.ResultsDir = RESULTS) -> None:
+def run(
+    xml: Annotated[tyro.conf.Positional[tuple[Path, ...]], default("those of the last page")] = (),
+    results: ResultsDir = RESULTS,
+) -> None:
     """Write the page about faults from what a run of the tests left.
 
     Args:
-        xml: Files of `pytest --junitxml=FILE`; without any the page is made anew from the counts of the last ones.
+        xml: Files of `pytest --junitxml=FILE`.
         results: Folder of the results.
     """
     faults, counts, to = known(), results / "reliability.json", results / "reliability.md"

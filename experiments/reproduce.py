@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, get_args
 
 from experiments import command, tables
+from experiments.flags import DataDir, Execution, ResultsDir, default
 from experiments.outcomes import RESULTS, accuracy, commit, read_result
 from experiments.report import say
 from experiments.rows import Run, runs, shortened
@@ -35,21 +36,21 @@ class Settings:
 
     preset: Preset = "report"
     """The report's rows, or strong: its tasks by today's recipe, S1 to S3b, and what chose it, S0, on a GPU."""
-    only: str = ""
-    """Rows, or runs as --list names them, separated by commas; what they start from is added. Everything if not given."""
+    only: Annotated[str, default("all")] = ""
+    """Rows, or runs as --list names them, separated by commas; what they start from is added."""
     seeds: int = 1
     """Number of seeds, for rows 1 to 3b and S1 to S3b only."""
     list: bool = False
     """Show what is done, under way and left, and run nothing."""
-    max_steps: int | None = None
+    max_steps: Annotated[int | None, default("as many as the recipe says")] = None
     """Stop every run after so many steps: a trial, which the tables keep apart."""
     workdirs: Path = Path("runs/reproduce")
     """Folder of the workdirs: complete runs are skipped, interrupted ones resume."""
-    results: command.ResultsDir = RESULTS
+    results: ResultsDir = RESULTS
     """Folder of the results: a JSON and a metrics file for every run, the tables and figures made from them."""
-    data_dir: command.DataDir = None
+    data_dir: DataDir = None
     """Folder of data sets prepared for TFDS."""
-    data_note: str = ""
+    data_note: Annotated[str, default("none")] = ""
     """Stored with every result and said in the tables, such as that the images are a copy."""
 
 
@@ -121,7 +122,7 @@ def carry_out(run: Run, settings: Settings) -> None:
     folder = command.made(settings.results / "runs")
     # That of the end may be another; of a run that an earlier call completed it is not known.
     trains = "" if (workdir / "summary.json").exists() else commit()
-    command.train(recipe, command.Execution(workdir=workdir, data_dir=settings.data_dir))
+    command.train(recipe, Execution(workdir=workdir, data_dir=settings.data_dir))
     result = {
         "row": run.row,
         "variant": run.variant,

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from experiments import command, comparison
+from experiments.flags import ResultsDir
 from experiments.outcomes import PROBES, RESULTS, Outcome, accuracy, controls, load, mean, probes, subset_scores
 from experiments.report import say
 from experiments.rows import ROWS, STRONG, SUBSETS, WHOLE, Run, every, runs
@@ -25,7 +26,7 @@ def main() -> int:
     return command.cli(run, "tables", resumes=False)
 
 
-def run(results: command.ResultsDir = RESULTS) -> None:
+def run(results: ResultsDir = RESULTS) -> None:
     """Write the page that compares with the report, and its figures, anew from `runs/`, `controls/` and `probes/`.
 
     Args:

@@ -6,14 +6,14 @@ import math
 import jax
 import pytest
 
-from experiments import benchmark, speed
+from experiments import benchmark, ratios, speed
 from experiments.outcomes import RESULTS
 from rotjax.errors import CheckpointError, RotjaxError, UsageError
 
 
 def test_every_row_is_there():
-    assert {row.name[0] for row in benchmark.ROWS} == set("abcdefghijklm")
-    assert len({row.name for row in benchmark.ROWS}) == len(benchmark.ROWS)
+    assert {row.name[0] for row in ratios.ROWS} == set("abcdefghijklm")
+    assert len({row.name for row in ratios.ROWS}) == len(ratios.ROWS)
 
 
 def test_the_committed_page_is_made_from_the_committed_results():
@@ -42,7 +42,7 @@ def test_a_row_that_fails_is_told_and_the_others_are_measured(tmp_path, capsys, 
     def fails():
         raise kind("RESOURCE_EXHAUSTED: no memory\nand more")
 
-    rows = (benchmark.Row("x", "", 1.0, True, fails), benchmark.Row("y", "", 1.0, True, lambda: (lambda: 2.0, lambda: 1.0)))
+    rows = (ratios.Row("x", "", 1.0, True, fails), ratios.Row("y", "", 1.0, True, lambda: (lambda: 2.0, lambda: 1.0)))
     monkeypatch.setattr(benchmark, "ROWS", rows)
     with pytest.raises(RotjaxError, match="rows x failed"):
         benchmark.run("", 1, tmp_path)
@@ -51,7 +51,7 @@ def test_a_row_that_fails_is_told_and_the_others_are_measured(tmp_path, capsys, 
 
 
 def test_without_its_peer_a_row_shows_rotjax_alone(tmp_path):
-    row = benchmark.Row("a", "rotjax / PyTorch", 1.0, True, lambda: (lambda: 5.0, None))
+    row = ratios.Row("a", "rotjax / PyTorch", 1.0, True, lambda: (lambda: 5.0, None))
     result = benchmark.measure(row, 3)
     assert (result["ours"], result["theirs"], result["ratio"]) == (5.0, None, None)
     (tmp_path / "cpu").mkdir()
@@ -63,7 +63,7 @@ def test_without_its_peer_a_row_shows_rotjax_alone(tmp_path):
 
 def test_the_median_is_that_of_the_ratios_of_each_turn():
     ours, theirs = iter([2.0, 30.0, 4.0]), iter([1.0, 10.0, 4.0])
-    result = benchmark.measure(benchmark.Row("x", "", 1.0, True, lambda: (lambda: next(ours), lambda: next(theirs))), 3)
+    result = benchmark.measure(ratios.Row("x", "", 1.0, True, lambda: (lambda: next(ours), lambda: next(theirs))), 3)
     assert result["ratio"] == 2.0 and result["ratios"] == [2.0, 3.0, 1.0]
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import rotjax
-from experiments import command, figures, report
+from experiments import command, figures, flags, report
 from rotjax import processes
 from rotjax.data import catalogue
 from rotjax.errors import UsageError
@@ -117,14 +117,14 @@ USAGE = [
 
 def test_what_the_library_says_of_a_field_is_said_of_a_flag():
     said = "image_size=16 is too small for the imagenet stem; use 32 or stem=cifar"
-    assert command._as_flags(said) == "--image_size=16 is too small for the imagenet stem; use 32 or --stem=cifar"
+    assert flags.as_flags(said) == "--image_size=16 is too small for the imagenet stem; use 32 or --stem=cifar"
     for path in (
         "runs/lr=0.1,seed=3 is not empty",
         "seed=3/run is not empty",
         "set TFDS_DATA_DIR=data",
         "mesh=x, my_seed=1",
     ):
-        assert command._as_flags(path) == path
+        assert flags.as_flags(path) == path
 
 
 @pytest.mark.parametrize(("words", "named"), USAGE, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
@@ -368,4 +368,8 @@ def test_a_run_of_few_steps_is_told(images, notes):
     for options in (dict(epochs=50), dict(epochs=3, max_steps=2), dict(epochs=3)):
         assert notes == []
         command.warn_of_few_steps(rotjax.plan(dataclasses.replace(recipe, **options), data=data))
-    assert notes == ["only 18 steps in all (3 epochs of 6); to learn more, lower --batch_size or raise --epochs"]
+    command.warn_of_few_steps(rotjax.plan(dataclasses.replace(recipe, batch_size=32, epochs=50), data=data))
+    assert notes == [
+        "only 18 steps in all (3 epochs of 6), in which little is learnt; give more --epochs",
+        "only 50 steps in all (50 epochs of 1), in which little is learnt; give --batch_size=8",
+    ]

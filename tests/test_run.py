@@ -824,6 +824,7 @@ def test_F3_a_workdir_that_cannot_be_made_is_refused_before_anything_compiles(st
         assert process.exitcode == code and str(open_folder / name / "run") in line and len(line) < 300, line
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of TensorStore's threads, see `quiet`
 @pytest.mark.parametrize("replaced", [False, True])
 def test_F3_a_workdir_that_is_moved_away_during_the_run_ends_it_in_a_line(data, tmp_path, replaced):
     with pytest.raises(CheckpointError) as caught:
@@ -835,6 +836,7 @@ def test_F3_a_workdir_that_is_moved_away_during_the_run_ends_it_in_a_line(data, 
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of TensorStore's threads, see `quiet`
 @pytest.mark.parametrize(("step", "seconds"), [(4, 1e9), (6, 0.0), (12, 1e9)])
 def test_F1_a_run_whose_workdir_became_another_run_s_leaves_that_one_alone(data, tmp_path, step, seconds):
     """Whether a row, a checkpoint or the summary is what it would write next."""
