@@ -1,9 +1,9 @@
-"""The figures of a run, as PNG in its workdir."""
+"""The figures of a run, as PNG in its workdir, and the table of its predictions."""
 
 import heapq
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 import rotjax
 from experiments import plots
 from rotjax import processes
-from rotjax.files import read_rows
+from rotjax.files import read_rows, write_csv
 from rotjax.planning import Plan
 from rotjax.workdirs import read_summary
 
@@ -38,9 +38,12 @@ def draw(workdir: Path, plan: Plan) -> None:
     with plots.styled():
         for name in missing:
             with processes.together():
-                figure = FIGURES[name](run)
-                if figure and processes.primary():
-                    plots.save(figure, workdir / name)
+                made = FIGURES[name](run)
+                if made and processes.primary():
+                    if isinstance(made, Figure):
+                        plots.save(made, workdir / name)
+                    else:
+                        write_csv(workdir / name, made)
 
 
 def _newer(path: Path, other: Path) -> bool:
@@ -57,6 +60,23 @@ class _Run:
     @cached_property
     def variables(self) -> dict:
         return rotjax.load(self.workdir)[1]
+
+    @cached_property
+    def tested(self) -> tuple[list[tuple[int, int, float]], list[tuple]]:
+        """Of each test image its label, what is predicted and the probability; and the surest mistakes, of which there are
+        images in memory: the test set may be larger than that.
+        """
+        rows = []
+
+        def wrong() -> Iterator[tuple]:
+            views = self.views(self.plan.data.test, epoch=self.plan.last_epoch)  # the turns of the final score
+            for number, (image, true, given) in enumerate(views):
+                predicted, sure = int(given.argmax()), float(given.max())
+                rows.append((int(true), predicted, sure))
+                if predicted != true:
+                    yield sure, number, image.copy(), true, predicted
+
+        return rows, heapq.nlargest(SHOWN, wrong())
 
     def views(self, data: dict, epoch: int = 0) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
         """Each image of `data`, for rotations on a turn that `epoch` decides, its label, and the network's probabilities."""
@@ -106,15 +126,8 @@ def _confusion(run: _Run) -> Figure | None:
 
 def _mistakes(run: _Run) -> Figure:
     recipe, test = run.plan.recipe, run.plan.data.test
-    views = run.views(test, epoch=run.plan.last_epoch)  # the turns of the final score
-    numbers = itertools.count()
-    wrong = (
-        (given.max(), next(numbers), image.copy(), true, given.argmax())
-        for image, true, given in views
-        if given.argmax() != true
-    )
-    worst = heapq.nlargest(SHOWN, wrong)  # of the test set, which may be larger than memory, no more is kept
-    count = next(numbers)
+    rows, worst = run.tested
+    count = sum(true != predicted for true, predicted, _ in rows)
     surest = f"the surest {len(worst)} of {count:,}" if len(worst) < count else f"all {count}" if count else "none"
     columns = zip(*worst, strict=True) if worst else ((),) * 5
     sure, _, images, true, predicted = map(np.array, columns)
@@ -122,6 +135,16 @@ def _mistakes(run: _Run) -> Figure:
     turned = ", each on one random turn" if recipe.job == "rotation" else ""
     caption = f"{_data(recipe)}: of the {len(test['label']):,} {recipe.tested_on}{turned}, the surest first"
     return plots.predictions(images, true, predicted, sure, recipe.classes, title, caption)
+
+
+def _table(run: _Run) -> list[Sequence]:
+    """Each test image by its file or number; what it is, what the network takes it for, and how probable it says that is."""
+    classes, names, (rows, _) = run.plan.recipe.classes, run.plan.data.files, run.tested
+    lines = [
+        (name, classes[true], classes[predicted], f"{sure:.6f}")
+        for name, (true, predicted, sure) in zip(names or itertools.count(), rows, strict=bool(names))
+    ]
+    return [("file" if names else "image", "label", "prediction", "probability"), *lines]
 
 
 def _filters(run: _Run) -> Figure:
@@ -147,9 +170,10 @@ def what(recipe: rotjax.Recipe) -> str:
     return "rotations" if recipe.job == "rotation" else "classes"
 
 
-FIGURES: dict[str, Callable[[_Run], Figure | None]] = {
+FIGURES: dict[str, Callable[[_Run], Figure | list[Sequence] | None]] = {
     "curves.png": _curves,
     "predictions.png": _predictions,
+    "predictions.csv": _table,
     "mistakes.png": _mistakes,
     "confusion.png": _confusion,
     "filters.png": _filters,

@@ -1,7 +1,5 @@
 """What a trained network sees in new images: `python -m experiments.predict --help`."""
 
-import csv
-import io
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -54,23 +52,24 @@ def run(pretrained: Path, images: Path, output: Annotated[Path | None, default("
     table, sheet = (folder / f"{stem}.{kind}" for kind in ("csv", "png"))
     spread = set(np.linspace(0, len(names) - 1, figures.SHOWN).astype(int).tolist())
     guesses, drawn, unreadable = Counter[int](), [], []
-    text = io.StringIO(newline="")
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["file", "prediction", "probability", *recipe.classes])
-    seen = command.decoding(predicted(model, variables, recipe, images, names), total=len(names))
-    for number, (name, (pixels, given)) in enumerate(zip(names, seen, strict=True)):
-        if given is None:
-            unreadable.append(f"{shown(name)} ({shown(pixels)})")
-            lines.writerow([name, *[""] * (2 + len(recipe.classes))])
-            continue
-        guess = int(given.argmax())
-        guesses[guess] += 1
-        lines.writerow([name, recipe.classes[guess], *(f"{value:.6f}" for value in (given[guess], *given))])
-        if number in spread or not drawn:
-            drawn.append((pixels, guess, given[guess]))
-    if not guesses:
-        raise DataError(f"none of the {len(names):,} images in {shown(images)} can be read: {few(unreadable)}")
-    files.write(table, text.getvalue().encode(errors="surrogateescape"))  # names that are not text keep their bytes
+
+    def rows() -> Iterator[list[str]]:
+        yield ["file", "prediction", "probability", *recipe.classes]
+        seen = command.decoding(predicted(model, variables, recipe, images, names), total=len(names))
+        for number, (name, (pixels, given)) in enumerate(zip(names, seen, strict=True)):
+            if given is None:
+                unreadable.append(f"{shown(name)} ({shown(pixels)})")
+                yield [name, *[""] * (2 + len(recipe.classes))]
+                continue
+            guess = int(given.argmax())
+            guesses[guess] += 1
+            if number in spread or not drawn:
+                drawn.append((pixels, guess, given[guess]))
+            yield [name, recipe.classes[guess], *(f"{value:.6f}" for value in (given[guess], *given))]
+        if not guesses:
+            raise DataError(f"none of the {len(names):,} images in {shown(images)} can be read: {few(unreadable)}")
+
+    files.write_csv(table, rows())
     _draw(sheet, drawn, recipe, guesses.total(), images)
     if unreadable:
         what = f"{len(unreadable):,} of {len(names):,} images cannot be read and have no prediction"

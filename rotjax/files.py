@@ -1,9 +1,11 @@
 """Files that are written whole or not at all, and read without trust."""
 
+import csv
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,13 @@ def write(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # or after a power failure it may be the empty one that has the name
         partial.replace(path)
+
+
+def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
+    """Writes all of `rows` or nothing; names that are not text keep their bytes. Raises CheckpointError where it cannot."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write(path, text.getvalue().encode(errors="surrogateescape"))
 
 
 def write_json(path: Path, values: dict) -> None:

@@ -56,7 +56,7 @@ def test_the_whole_job_on_the_embedded_digits(tmp_path):
     assert workdir.name.startswith("rotation-digits-resnet18-")
     names = {path.name for path in workdir.iterdir() if not path.name.startswith(".")}
     assert {"recipe.json", "metrics.jsonl", "summary.json", "checkpoints"} < names
-    assert {name for name in names if name.endswith(".png")} == set(figures.FIGURES)
+    assert {name for name in names if name.endswith((".png", ".csv"))} == set(figures.FIGURES)
     assert str(workdir.relative_to(tmp_path)) in said
     words = [word for word in TINY if "stem" not in word and "width" not in word]
     line = [

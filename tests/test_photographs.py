@@ -70,6 +70,17 @@ def test_a_folder_per_class(folder, notes):
     assert batch and batch["image"].shape == (16, SIZE, SIZE, 3)
 
 
+def test_the_test_images_are_known_by_their_files(folder):
+    paint_classes(folder, 20)
+    for name in ("cats/00.png", "dogs/19.png", "dogs/07.png"):
+        (folder / name).write_text("damaged")
+    data = load(folder, SIZE)
+    assert len(data.files) == len(data.test["label"]) >= 2
+    for name, image in zip(data.files, data.test["image"], strict=True):
+        np.testing.assert_array_equal(image, np.asarray(Image.open(folder / name)))
+    assert sources.validated(data, 0.5).files == ()
+
+
 def test_the_held_out_share_never_changes(folder):
     """Pinned: another choice would let images that older runs trained on into the test set."""
     paint_classes(folder, 30, ("cats",))

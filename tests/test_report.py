@@ -1,5 +1,6 @@
 """What a person sees of a run: progress, summary, figures."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -66,7 +67,13 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("job", ["rotation", "classification"])
 def test_figures_of_a_run(runs, job, tmp_path):
     workdir, this, _ = runs[job]
-    for name in figures.FIGURES:
+    with open(workdir / "predictions.csv", newline="", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    summary = json.loads((workdir / "summary.json").read_text())
+    right = [row["label"] == row["prediction"] for row in rows]
+    assert [row["image"] for row in rows] == [str(number) for number in range(len(this.data.test["label"]))]
+    assert np.mean(right) == pytest.approx(summary["rotation_accuracy_random" if job == "rotation" else "accuracy"])
+    for name in (name for name in figures.FIGURES if name.endswith(".png")):
         path = workdir / name
         with Image.open(path) as image:
             assert image.format == "PNG"

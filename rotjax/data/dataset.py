@@ -16,13 +16,15 @@ Arrays = dict[str, np.ndarray]  # 'image' u8 [N,H,H,3], 'label' i32 [N]; evaluat
 class Dataset:
     """`train` and `test` are `{'image': u8[N,H,H,3], 'label': i32[N]}`; without `classes` labels are -1, given or not.
 
-    Raises DataError for missing labels, arrays of other shapes or dtypes, an empty part, or a label that names no class.
+    `files` are the names of the test images, where they have some. Raises DataError for missing labels, arrays of other
+    shapes or dtypes, an empty part, or a label that names no class.
     """
 
     name: str
     classes: tuple[str, ...]
     train: Arrays = field(repr=False)
     test: Arrays = field(repr=False)
+    files: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(map(str, self.classes)))  # which may be numbers

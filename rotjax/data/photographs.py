@@ -68,11 +68,12 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
             + (f"; all are named in {path}" if len(unreadable) > MOST and (path := listing(key)) else "")
         )
     border -= sum(number < border for number in dropped)
+    names = [photograph.name for number, photograph in enumerate(photographs) if number not in dropped]
     train, test = ({key: value[rows] for key, value in arrays.items()} for rows in (slice(border), slice(border, None)))
     classes = _checked(folder, classes, train, test, held_out, labelled)
     if not classes:
         train, test = ({**part, "label": unlabelled(len(part["image"]))} for part in (train, test))
-    return Dataset(folder.resolve().name, classes, train, test)
+    return Dataset(folder.resolve().name, classes, train, test, tuple(names[border:]))
 
 
 def listed(folder: Path) -> list[str]:

@@ -63,7 +63,8 @@ def load(
         rows = (slice(count - tested), slice(count - tested, None))  # in place: the images may be more than memory holds
         parts = [{key: value[part] for key, value in parts[0].items()} for part in rows]
         log.info(f"{name} has no test split: {tested:,} of {count:,} images, a tenth of each class, are held out")
-    return Dataset(name, classes, *parts)
+    train, test = parts
+    return Dataset(name, classes, train, test)
 
 
 def opened(folder: Path) -> Builder:

@@ -84,7 +84,7 @@ def validated(data: Dataset, fraction: float) -> Dataset:
         raise UsageError(f"validation={fraction}: no class has two images to train on; leave it out")
     train, test = ({key: value[rows] for key, value in data.train.items()} for rows in (~mask, mask))
     log.info(f"{mask.sum():,} of {len(mask):,} training images stand in for the test images")
-    return dataclasses.replace(data, train=train, test=test)
+    return dataclasses.replace(data, train=train, test=test, files=())
 
 
 def is_path(name: str) -> bool:
