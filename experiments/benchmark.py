@@ -54,7 +54,7 @@ def run(
     only: Annotated[str, default("all that this machine can measure")] = "",
     repeats: int = 5,
     results: ResultsDir = RESULTS,
-    profile: Annotated[Path | None, default("measure")] = None,
+    profile: Annotated[Path | None, default("none")] = None,
 ) -> None:
     """Measure rotjax beside its peers and floors, in turns, and write the medians and the page about them.
 

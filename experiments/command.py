@@ -241,9 +241,9 @@ def warn_of_few_steps(plan: rotjax.Plan) -> None:
     """Says so where a small set gives so few steps that hardly anything can be learnt."""
     if plan.recipe.max_steps is None and plan.steps < FEW:
         each = f"{plan.epochs} epochs of {plan.epoch_steps}"
-        enough = 2 ** int(math.log2(max(1, plan.epochs * len(plan.data.train["label"]) / FEW)))  # images of a batch
-        remedy = f"--batch_size={enough}" if SMALL <= enough < plan.recipe.batch_size else "more --epochs"
-        log.warning(f"only {plan.steps} steps in all ({each}), in which little is learnt; give {remedy}")
+        enough = 2 ** int(math.log2(max(1, plan.recipe.batch_size * plan.steps / FEW)))  # images of a batch
+        remedy = f"lower --batch_size to {enough}" if SMALL <= enough < plan.recipe.batch_size else "raise --epochs"
+        log.warning(f"only {plan.steps} steps in all ({each}), in which little is learnt; {remedy}")
 
 
 def warn_of_idle_gpu() -> None:

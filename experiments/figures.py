@@ -110,7 +110,7 @@ def _predictions(run: _Run) -> Figure:
     predicted = given.argmax(-1)
     title = f"Predicted {what(recipe)}: {(predicted == true).sum()} of {len(spread)} right"
     turned = ", each turned counter-clockwise at random" if recipe.job == "rotation" else ""
-    caption = f"{_data(recipe)}: {some(len(spread), len(test['label']), recipe.tested_on)}{turned}"
+    caption = f"{_data(recipe)}: {shown_of(len(spread), len(test['label']), recipe.tested_on)}{turned}"
     return plots.predictions(images, true, predicted, given.max(-1), recipe.classes, title, caption)
 
 
@@ -160,8 +160,8 @@ def _data(recipe: rotjax.Recipe) -> str:
     return plots.short(Path(recipe.dataset).resolve().name, 40)
 
 
-def some(shown: int, count: int, what: str) -> str:
-    """Which images of `count` are shown."""
+def shown_of(shown: int, count: int, what: str) -> str:
+    """Which of `count` images are shown, in words: all, or some evenly spaced."""
     return f"all {count:,} {what}" if shown == count else f"{shown} of the {count:,} {what}, evenly spaced"
 
 

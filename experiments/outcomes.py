@@ -71,7 +71,7 @@ def _outcome(path: Path) -> Outcome:
     except (TypeError, KeyError, ValueError) as error:  # of a field that is missing, or that is none
         raise CheckpointError(f"{path} is no result of a run ({reason(error)}); move it elsewhere") from error
     if not complete:
-        raise CheckpointError(f"{path}l is missing or damaged; remove both, and run again what wrote them")
+        raise CheckpointError(f"{path}l is missing or damaged; remove it and {path.name}, and run again what wrote them")
     return one
 
 

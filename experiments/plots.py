@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from PIL import Image
 
 from rotjax import files
@@ -62,8 +62,8 @@ def curves(
         losses = [value for row in rows for value in (row["train_loss"], row["test_loss"])]
         if key == "loss" and max(losses) > 20 * float(np.median(losses)) > 0:  # of networks whose statistics are young
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(LogFormatter())  # without mathematics, see STYLE
-            axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+            axes.yaxis.set_major_formatter("{x:g}")  # without mathematics, see STYLE
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set(title=name, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator("auto" if epochs[-1] > 1 else 3, integer=True, min_n_ticks=1))
         axes.legend()
@@ -83,7 +83,7 @@ def predictions(
     what is true.
     """
     lines = max(-(-len(images) // 8), 1)
-    figure = titled((8, 1.32 * lines + 0.6), title, caption, dpi=100)  # photographs do not compress: below 300 kB as it is
+    figure = titled((8, 1.4 * lines + 0.6), title, caption, dpi=100)  # photographs do not compress: below 300 kB as it is
     grid = figure.subplots(lines, 8, squeeze=False).flat
     for axes in grid[len(images) :]:
         axes.set_visible(False)
@@ -92,8 +92,8 @@ def predictions(
         axes.imshow(image)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(visible=wrong, color=VERMILLION, linewidth=3)
-        said, so = (short(classes[int(kind)], 10) for kind in (guess, truth))
-        text = f"{said} {share:.0%}" + f" \N{BALLOT X}\nis {so}" * wrong
+        said, so = (short(classes[int(kind)], 12) for kind in (guess, truth))
+        text = f"{said} \N{BALLOT X}\nis {so}\n{share:.0%}" if wrong else f"{said}\n{share:.0%}"
         axes.set_xlabel(text, fontsize=8, color=VERMILLION if wrong else INK)
     return figure
 

@@ -30,8 +30,8 @@ def run(pretrained: Path, images: Path, output: Annotated[Path | None, default("
     """Say which class a trained network sees in each image of a folder; if it was trained on rotations, which turn.
 
     It leaves a table, predictions-<folder>.csv: each file, the prediction, its probability, and that of every class;
-    and predictions-<folder>.png, some of the images with what was predicted. A hash in the name tells folders
-    apart. Turns are counter-clockwise: what is predicted as 90° is upright once turned clockwise by as much.
+    and predictions-<folder>.png, some of the images with what was predicted. A hash in the name tells folders apart.
+    Turns are counter-clockwise: what is predicted as 90° is upright once turned clockwise by as much.
 
     Args:
         pretrained: Workdir of the run whose network it is.
@@ -88,6 +88,7 @@ def predicted(
     size = recipe.image_size
     together = max(1, min(TOGETHER, ROOM // (3 * size**2)))
     batch_size = min(recipe.batch_size, together, len(names))
+    together -= together % batch_size
     for begin in range(0, len(names), together):
         squares = photographs.squares(folder, names[begin : begin + together], size)
         read = [square for square in squares if not isinstance(square, str)]
@@ -101,7 +102,7 @@ def _draw(path: Path, drawn: Sequence[tuple], recipe: rotjax.Recipe, count: int,
     """Draws some of `count` images in `folder`: of each the pixels, the prediction and its probability."""
     images, guesses, sure = map(np.array, zip(*drawn, strict=True))
     title = f"Predicted {figures.what(recipe)}"
-    caption = f"{plots.short(folder.resolve().name, 40)}: {figures.some(len(drawn), count, 'images')}"
+    caption = f"{plots.short(folder.resolve().name, 40)}: {figures.shown_of(len(drawn), count, 'images')}"
     with plots.styled():
         plots.save(plots.predictions(images, guesses, guesses, sure, recipe.classes, title, caption), path)
 

@@ -43,8 +43,8 @@ def run(
 
     Features are the spatial mean of each stage's map. Logistic regression and k-nearest neighbours are fitted to those
     of the training images and scored on those of the test images; the same is done for randomly initialised weights.
-    The scores are written to probe-<dataset>.json in the workdir; the name
-    includes another size, and a hash of the path of a folder.
+    The scores are written to probe-<dataset>.json in the workdir; the name includes another size, and a hash of the path
+    of a folder.
 
     Args:
         pretrained: Workdir of the run whose network it is.

@@ -41,13 +41,13 @@ def run(results: ResultsDir = RESULTS) -> None:
 
 def check(folder: Path, there: bool = False) -> None:
     """Raises UsageError where `folder` can hold no results, or has a page that was not made of some, CheckpointError for
-    a control or a probe that is none.
+    a result that is none.
     """
     command.check_folder("results", folder, there)
     page = folder / "README.md"
     if page.is_file() and not page.read_bytes().startswith(TITLE.encode()):
         raise UsageError(f"--results={folder} holds a README.md that is not of results; name another folder")
-    for read in (controls, probes):  # as `write` will: now, before there is anything to lose
+    for read in (load, controls, probes):  # as `write` will: now, before there is anything to lose
         read(folder)
 
 
@@ -99,7 +99,8 @@ def _rows(outcomes: Sequence[Outcome]) -> list[str]:
     known = {run.key: run for run in runs()}
     header = ("row", "what", "network", "report", "rotjax", "seeds", "difference", "band", "device", "minutes", "command")
     groups = groupby((one for one in outcomes if one.row != "4"), lambda one: one.key)
-    return [table(header, (_line(list(group), known.get(key)) for key, group in groups))]
+    lines = [_line(list(group), known.get(key)) for key, group in groups]
+    return [table(header, lines)] if lines else []
 
 
 def _line(group: Sequence[Outcome], run: Run | None) -> tuple:

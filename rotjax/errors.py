@@ -19,8 +19,8 @@ def in_bytes(count: float) -> str:
 
 def reason(error: BaseException) -> str:
     """Why `error` was raised, in up to 100 characters: the system's words where it has some, else its first line."""
-    said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return said.splitlines()[0][:100]
+    said = (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
+    return said if len(said) <= 100 else f"{said[:38]} ... {said[-57:]}"  # the cause is at either end
 
 
 def few(words: Iterable[str], most: int = MOST) -> str:

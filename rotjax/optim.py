@@ -26,7 +26,8 @@ def piecewise(learning_rate: float, boundaries: Sequence[int], factor: float = 0
 def labels(params, frozen: tuple[str, ...] = ()):
     """`'frozen'` under the path prefixes `frozen`, `'trainable'` elsewhere, in the structure of `params`.
 
-    Raises UsageError for a prefix under which there is nothing: a typing error would train everything.
+    Raises UsageError for a string in place of a tuple, and for a prefix under which there is nothing: a typing error would
+    train everything.
     """
     if isinstance(frozen, str):
         raise UsageError(f"frozen={frozen!r} is one string; give a tuple of them, ({frozen!r},)")

@@ -119,10 +119,16 @@ def place(batches: Iterable[dict], mesh: Mesh | None = None, *, axis: int = 0) -
     mesh = mesh or data_mesh()
     put = partial(jax.make_array_from_process_local_data, split(mesh, axis))
     for batch in batches:
-        lengths = {name: np.shape(values)[axis] if np.ndim(values) > axis else 0 for name, values in batch.items()}
-        own, *others = set(lengths.values())
-        if others:
-            odd = ", ".join(f"{length} {name}" for name, length in lengths.items())
-            raise UsageError(f"a batch has {odd}; give it one entry of each for every image")
+        own = _length(batch, axis)
         check_batch(own * mesh.size // max(len(mesh.local_devices), 1), mesh.size)
         yield put(batch)
+
+
+def _length(batch: dict, axis: int) -> int:
+    """The number of images of `batch`; UsageError where its arrays have others, or none."""
+    lengths = {name: np.shape(values)[axis : axis + 1] for name, values in batch.items()}
+    if len(set(lengths.values())) != 1 or () in lengths.values():
+        odd = ", ".join(f"{length[0] if length else 'a number'} {name}" for name, length in lengths.items())
+        raise UsageError(f"a batch has {odd or 'no arrays'}; give it one entry of each for every image")
+    ((length,),) = set(lengths.values())
+    return length

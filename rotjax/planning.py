@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 IMAGES = ("image_size", "flip")  # fields that a run decides for itself, although it starts from another
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """A validated run: resolved recipe, data, pretrained backbone (None: from scratch), steps per epoch and in total."""
 

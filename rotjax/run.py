@@ -114,7 +114,6 @@ def train(
                     last_save = time.perf_counter()
             seconds = time.perf_counter() - started - elsewhere
             _save(saved, state)
-            log.info(f"scoring the {recipe.tested_on}")
             scores = scoring.final_scores(plan, score, state.variables, last)
         except _Signalled:
             _save(saved, state)

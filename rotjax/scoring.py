@@ -1,5 +1,6 @@
 """Evaluation of a run on its test images, after every epoch and at the end."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import cache, partial
@@ -14,6 +15,8 @@ from rotjax.models import Classifier
 from rotjax.parallel import data_mesh, place
 from rotjax.planning import Plan
 from rotjax.recipe import Rotation
+
+log = logging.getLogger(__name__)
 
 TOGETHER = 4  # batches of a GPU or TPU that are scored at once, where training keeps one for its gradients: they fit
 
@@ -45,9 +48,12 @@ def scorer(plan: Plan, model: Classifier, feed: Feed, until: Callable[[Iterable]
 def final_scores(plan: Plan, score: Score, variables: dict, last: dict | None) -> dict:
     """Rotations on all four turns of every image, and as after every epoch on one random turn each; or classes.
 
-    `last` is the score after the last epoch, None where an earlier process took it.
+    `last` is the score after the last epoch, None where an earlier process took it. Of more than `MOST` classes there is
+    no `confusion`.
     """
-    one = last or score(variables, plan.recipe.eval_task, plan.last_epoch)
+    if last is None or isinstance(plan.recipe, Rotation):
+        log.info(f"scoring the {plan.recipe.tested_on}")
+    one = score(variables, plan.recipe.eval_task, plan.last_epoch) if last is None else last
     if isinstance(plan.recipe, Rotation):
         every = score(variables, tasks.all_turns, plan.last_epoch)
         accuracies = {"rotation_accuracy": every["accuracy"], "rotation_accuracy_random": one["accuracy"]}

@@ -51,10 +51,10 @@ def stopping() -> Iterator[threading.Event]:
             _handlers.enter_context(_handled())
         yield event
     finally:
+        if _events == [event] and _in_main_thread():  # others cannot set handlers; the next signal takes these away
+            _handlers.close()  # while there is an event for a signal that they still take
         with suppress(ValueError):  # in a forked process it is none of these
             _events.remove(event)
-        if not _events and _in_main_thread():  # others cannot set handlers; the next signal takes these away
-            _handlers.close()
 
 
 def _in_main_thread() -> bool:
@@ -62,9 +62,9 @@ def _in_main_thread() -> bool:
 
 
 def _forked() -> None:
-    """Has a forked process end by the signals that its parent's runs wait for."""
-    _events.clear()
+    """Gives a forked process the handlers that its parent had before its runs."""
     _handlers.close()
+    _events.clear()
 
 
 os.register_at_fork(after_in_child=_forked)
@@ -75,22 +75,27 @@ def _handled() -> Iterator[None]:
     heard, told = socket.socketpair()
     told.setblocking(False)
     watch = threading.Thread(target=_watch, args=(heard,), daemon=True)
-    before = {kind: signal.signal(kind, _stop) for kind in heeded()}
+    before = {kind: signal.getsignal(kind) for kind in heeded()}
     wakeup = signal.set_wakeup_fd(told.fileno())
-    watch.start()
     try:
+        for kind in before:
+            signal.signal(kind, _stop)
+        watch.start()
         yield
     finally:
-        signal.set_wakeup_fd(wakeup)
+        if (current := signal.set_wakeup_fd(wakeup)) != told.fileno():
+            signal.set_wakeup_fd(current)  # which somebody has set since, as with handlers
         for kind, handler in before.items():
-            signal.signal(kind, handler)
+            if signal.getsignal(kind) == _stop:
+                signal.signal(kind, handler)
         told.close()
-        watch.join()
+        if watch.is_alive():  # not in a forked process
+            watch.join()
         heard.close()
 
 
 def _stop(number: int, *_) -> None:
-    if not _events:
+    if not _events:  # the runs have ended, the last one in another thread
         _handlers.close()
         signal.raise_signal(number)
     for event in _events:

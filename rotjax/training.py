@@ -48,11 +48,12 @@ def train_step(
     """A jitted `(state, batch) -> (state, metrics)`; the input state is donated.
 
     `batch` is `{'image': u8[B,H,W,3], 'label': i32[B]}`, with labels from 0 on, below the number of logits (the loss of
-    others is NaN); `metrics` are the `loss` and `accuracy` of this batch. A `model` that has dropout draws it anew in each
-    step, from the step's number. `mesh` is that of `init_state` and `place`, by default all devices. Under one of several
-    devices batch statistics are the whole batch's, and each device computes its share; UsageError for a batch that they
-    cannot share equally. One process may leave a batch unplaced; with several, pass what `place` yields: an array that
-    nobody placed would be taken for the whole batch, alike in all.
+    others is NaN); `metrics` are the `loss` and `accuracy` of this batch. A `model` is called with `train`, which by
+    default is False; one that has dropout draws it anew in each step, from the step's number. `mesh` is that of
+    `init_state` and `place`, by default all devices. Under one of several devices batch statistics are the whole batch's,
+    and each device computes its share; UsageError for a batch that they cannot share equally. One process may leave a batch
+    unplaced; with several, pass what `place` yields: an array that nobody placed would be taken for the whole batch, alike
+    in all.
     """
     mesh = mesh or data_mesh()
     step = _step(model, optimizer, loss, mesh)
@@ -101,6 +102,7 @@ def _step(model: nn.Module, optimizer: optax.GradientTransformation, loss: Loss,
             variables = state.variables | {"params": params}
             logits, updated = apply(variables, batch["image"], train=True, mutable=["batch_stats"], rngs=drawn)
             losses = loss(logits, batch["label"])
+            losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))  # of 16 bits the sum would overflow
             return losses.mean(), (updated, (logits.argmax(-1) == batch["label"]).sum(dtype=jnp.int32))
 
         params = state.variables["params"]

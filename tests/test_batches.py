@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import rotjax
 from rotjax.data import augmentation, batches, sources, tasks
 from rotjax.data.dataset import Dataset, held_out
 from rotjax.errors import UsageError
@@ -229,23 +228,13 @@ def test_each_image_needs_a_label_of_its_own(images, make, count):
 
 
 def test_seeds_and_sizes_out_of_range_are_refused_before_a_batch_is_made(images):
-    for seed in (-1, 2**32):
+    for seed in (-1, 2**32, 1.5):
         with pytest.raises(UsageError, match=f"^seed={seed} is out of range"):
             batches.train_batches(images, tasks.classify, 8, 1, seed=seed)
         with pytest.raises(UsageError, match=f"^seed={seed} is out of range"):
             batches.eval_batches(images, tasks.classify, 8, seed=seed)
-    with pytest.raises(TypeError, match="float"):
-        batches.train_batches(images, tasks.classify, 8, 1, seed=1.5)
     with pytest.raises(UsageError, match="^batch_size=0 is too small"):
         batches.eval_batches(images, tasks.classify, 0)
-
-
-@pytest.mark.parametrize(("odd", "said"), [({"a": np.arange(3)}, "3 a, 4 image"), ({"epoch": 3}, "4 image, 0 epoch")])
-def test_a_batch_whose_arrays_are_not_of_one_length_is_refused(odd, said):
-    image = {"image": np.zeros((4, 8, 8, 3), np.uint8)}
-    batches = rotjax.place([odd | image if "a" in odd else image | odd])
-    with pytest.raises(UsageError, match=f"^a batch has {said}; give it one entry of each for every image$"):
-        next(batches)
 
 
 def test_subsets_are_stratified_seeded_and_nested(images):

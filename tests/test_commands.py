@@ -368,8 +368,9 @@ def test_a_run_of_few_steps_is_told(images, notes):
     for options in (dict(epochs=50), dict(epochs=3, max_steps=2), dict(epochs=3)):
         assert notes == []
         command.warn_of_few_steps(rotjax.plan(dataclasses.replace(recipe, **options), data=data))
-    command.warn_of_few_steps(rotjax.plan(dataclasses.replace(recipe, batch_size=32, epochs=50), data=data))
+    few = rotjax.Classification(stem="cifar", width=4, batch_size=32, epochs=50, subset=11)
+    command.warn_of_few_steps(rotjax.plan(few, data=data))
     assert notes == [
-        "only 18 steps in all (3 epochs of 6), in which little is learnt; give more --epochs",
-        "only 50 steps in all (50 epochs of 1), in which little is learnt; give --batch_size=8",
+        "only 18 steps in all (3 epochs of 6), in which little is learnt; raise --epochs",
+        "only 50 steps in all (50 epochs of 1), in which little is learnt; lower --batch_size to 8",
     ]

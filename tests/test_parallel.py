@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from rotjax.errors import UsageError
-from rotjax.parallel import check_batch
+from rotjax.parallel import check_batch, place
 
 STEPS = """
 import jax, json, numpy as np, optax, rotjax, sys
@@ -173,3 +174,16 @@ def test_P4_a_batch_that_devices_cannot_share_is_refused_with_the_nearest_that_t
         check_batch(1, 4)
     with pytest.raises(UsageError, match="^batch_size=0 cannot be shared"):
         check_batch(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ({"a": np.zeros(3), "image": np.zeros((4, 8, 8, 3))}, "3 a, 4 image"),
+        ({"image": np.zeros((4, 8, 8, 3)), "epoch": 3}, "4 image, a number epoch"),
+        ({}, "no arrays"),
+    ],
+)
+def test_a_batch_whose_arrays_are_not_of_one_length_is_refused(batch, said):
+    with pytest.raises(UsageError, match=f"^a batch has {said}; give it one entry of each for every image$"):
+        next(place([batch]))

@@ -58,14 +58,26 @@ def pretrained(data, tmp_path_factory):
     return workdir
 
 
-def test_the_last_test_is_scored_once_and_a_matrix_of_too_many_classes_is_left_out(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [rotjax.Rotation, rotjax.Classification])
+def test_the_test_after_the_last_epoch_is_taken_once_and_again_where_it_was_lost(data, tmp_path, monkeypatch, kind):
     asked, evaluate = [], rotjax.training.evaluate
     monkeypatch.setattr(rotjax.training, "evaluate", lambda *given: asked.append(1) or evaluate(*given))
+    rows = carry_out(kind(**SMALL), data, tmp_path / "run")
+    turns, last = kind is rotjax.Rotation, [row["test_accuracy"] for row in rows if "test_accuracy" in row][-1]
+    assert len(asked) == SMALL["epochs"] + turns
+    first = summary(tmp_path / "run")
+    assert first["rotation_accuracy_random" if turns else "accuracy"] == last
+    (tmp_path / "run/summary.json").unlink()
+    carry_out(kind(**SMALL), data, tmp_path / "run")
+    assert len(asked) == SMALL["epochs"] + turns + 1 + turns
+    again = summary(tmp_path / "run")
+    assert all(first[name] == again[name] for name in first if "accuracy" in name or name == "confusion")
+
+
+def test_a_matrix_of_too_many_classes_is_not_in_the_summary(data, tmp_path, monkeypatch):
     monkeypatch.setattr("rotjax.scoring.MOST", 2)
-    rows = carry_out(rotjax.Classification(**SMALL), data, tmp_path / "run")
-    tested = [row["test_accuracy"] for row in rows if "test_accuracy" in row]
-    final = summary(tmp_path / "run")
-    assert len(asked) == len(tested) and (final["accuracy"], final["confusion"]) == (tested[-1], None)
+    carry_out(rotjax.Classification(**SMALL), data, tmp_path / "run")
+    assert summary(tmp_path / "run")["confusion"] is None
 
 
 def test_a_run_leaves_its_recipe_metrics_and_summary(pretrained, data):

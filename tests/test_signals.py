@@ -155,17 +155,54 @@ def test_a_run_that_ends_in_another_thread_leaves_signals_as_they_were_at_the_ne
             signal.signal(kind, handler)
 
 
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_signal_while_handlers_are_set_or_taken_away_is_not_lost_in_a_loop(monkeypatch, call):
+    """At the first call of `set_wakeup_fd` they are not there yet, at the second they still are."""
+    before, heard, calls = signal.getsignal(signal.SIGTERM), [], []
+    signal.signal(signal.SIGTERM, mine := lambda number, _: heard.append(number))
+    set_wakeup_fd = signal.set_wakeup_fd
+
+    def signalled(descriptor):
+        calls.append(descriptor)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return set_wakeup_fd(descriptor)
+
+    monkeypatch.setattr(signal, "set_wakeup_fd", signalled)
+    try:
+        with stopping() as event:
+            assert heard == [signal.SIGTERM] * (call == 1) and not event.is_set()
+        assert signal.getsignal(signal.SIGTERM) is mine and len(calls) == 2
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM] * (1 + (call == 1))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_handler_that_is_set_during_a_run_stays():
+    before, heard = signal.getsignal(signal.SIGTERM), []
+    try:
+        with stopping():
+            signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_process_that_is_forked_during_a_run_ends_by_a_signal(tmp_path):
     """In a process of its own, without the threads by which JAX forbids to fork."""
     program = """
 import os, signal, time
 from rotjax.signals import stopping
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
+ready, told = os.pipe()
 with stopping() as event:
     if not (child := os.fork()):
-        time.sleep(60)
+        os.write(told, b".")
+        time.sleep(9)
         os._exit(0)
-    time.sleep(0.5)
+    os.read(ready, 1)
     os.kill(child, signal.SIGTERM)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM and not event.is_set()
 """

@@ -1,6 +1,5 @@
 """Arrays to batches, the only code that uses Grain: each element of a dataset is a whole batch, a function of its index."""
 
-import operator
 from collections.abc import Callable
 from functools import lru_cache, partial
 
@@ -86,8 +85,8 @@ def eval_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: sli
 
 
 def _check_seed(seed: int) -> None:
-    if not 0 <= operator.index(seed) < 2**32:
-        raise UsageError(f"seed={seed} is out of range; it is at least 0 and below {2**32:,}")
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
+        raise UsageError(f"seed={seed} is out of range; it is an integer, at least 0 and below {2**32:,}")
 
 
 def viewed(data: Arrays, picks: Batches, view: Callable[[Arrays, Arrays], Arrays]) -> Batches:

@@ -12,7 +12,7 @@ from rotjax.errors import DataError, UsageError
 Arrays = dict[str, np.ndarray]  # 'image' u8 [N,H,H,3], 'label' i32 [N]; evaluation batches have 'weight' f32 [B] too
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """`train` and `test` are `{'image': u8[N,H,H,3], 'label': i32[N]}`; without `classes` labels are -1, given or not.
 
@@ -38,7 +38,6 @@ class Dataset:
                 if self.classes:
                     raise DataError(f"{where} have no labels; give one each, or no classes")
                 arrays = {**arrays, "label": unlabelled(len(arrays["image"]))}
-                object.__setattr__(self, part, arrays)
             image, label = arrays["image"], arrays["label"]
             if image.shape[1] != self.image_size:
                 raise DataError(f"{where} are {image.shape[1]} px, for training {self.image_size}; they must be of one size")
@@ -49,6 +48,8 @@ class Dataset:
             bad = np.flatnonzero((label < (0 if self.classes else -1)) | (label >= len(self.classes)))
             if len(bad):
                 raise DataError(f"{where}: label {label[bad[0]]} of image {bad[0]} is none of {len(self.classes)} classes")
+            label = np.asarray(label).astype(np.int32, copy=False)
+            object.__setattr__(self, part, {"image": np.asarray(image), "label": label})  # which may have been arrays of jax
 
     def facts(self) -> dict:
         """A JSON fingerprint of the data: counts, and a hash of the labels and of up to 2,048 images of each split."""

@@ -32,7 +32,7 @@ def canonical(name: str) -> str:
 
 
 def load(
-    name: str,
+    name: str | Path,
     *,
     image_size: int,
     batch_size: int = 1,
@@ -47,6 +47,9 @@ def load(
     are decoded. Raises UsageError for a name that does not exist or fewer training images than `batch_size`, DataError
     for data that is not there or unreadable, or if it is to be `labelled` has no classes: before anything is decoded.
     """
+    if image_size < 1:
+        raise UsageError(f"image_size={image_size} is too small; it is at least 1")
+    name = f"{name}/" if isinstance(name, Path) else name  # the folder `Path("digits")` is not the set of that name
     if is_path(name):
         return _photographs(name, image_size, progress, batch_size, labelled)
     if name == "digits":

@@ -75,7 +75,7 @@ def known(folder: Path, image_size: int, wanted: Set[Fact]) -> dict[Fact, np.nda
 def write(folder: Path, image_size: int, records: Records, facts: Sequence[Fact]) -> tuple[Arrays, dict[int, str]]:
     """Writes all of `folder` and returns what `read` would.
 
-    An error leaves nothing, a ReadError, a signal or a kill what the next call goes on with.
+    Until all is there an error leaves nothing, a ReadError, a signal or a kill what the next call goes on with.
     """
     begun = partial(folder)
     try:
