@@ -207,7 +207,7 @@ def _sound(directory: Path, step: int) -> bool:
 
 def _unsaved(directory: Path, step: int, size: int, error: Exception) -> CheckpointError:
     where = f"step {step} was not saved in {directory} ({_room(directory, size)})"
-    return CheckpointError(f"{where}: {reason(error)}; fix it, the same command resumes from what there is")
+    return CheckpointError(f"{where}: {reason(error)}; fix it, the same command resumes")
 
 
 def _room(directory: Path, size: int) -> str:
