@@ -97,6 +97,8 @@ def _handled() -> Iterator[None]:
 def _stop(number: int, *_) -> None:
     if not _events:  # the runs have ended, the last one in another thread
         _handlers.close()
+        if signal.getsignal(number) == _stop:  # put back by somebody who had set another meanwhile
+            signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
     for event in _events:
         event.set()

@@ -70,6 +70,15 @@ def test_a_folder_per_class(folder, notes):
     assert batch and batch["image"].shape == (16, SIZE, SIZE, 3)
 
 
+def test_a_folder_by_its_path_and_sizes_out_of_range(folder):
+    paint_classes(folder, 3)
+    one, other = (sources.load(name, image_size=SIZE) for name in (folder, str(folder)))
+    assert one.facts() == other.facts()
+    for name in ("digits", folder):
+        with pytest.raises(UsageError, match="^image_size=0 is too small; it is at least 1$"):
+            sources.load(name, image_size=0)
+
+
 def test_the_test_images_are_known_by_their_files(folder):
     paint_classes(folder, 20)
     for name in ("cats/00.png", "dogs/19.png", "dogs/07.png"):

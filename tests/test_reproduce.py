@@ -194,6 +194,14 @@ def test_a_trial_of_any_length_is_a_result(small, monkeypatch, steps):
     assert one.name == f"1-rotation-first{steps}-seed0" and one.epochs[-1]["step"] == steps
 
 
+def test_a_result_that_is_damaged_is_told_before_anything_is_trained(small):
+    (small.results / "runs").mkdir(parents=True)
+    (small.results / "runs" / "2a-classification-seed0.json").write_text("{")
+    with pytest.raises(CheckpointError, match="2a-classification-seed0.json cannot be read .*; remove it, and run again"):
+        reproduce.run(small)
+    assert not small.workdirs.exists()
+
+
 def test_the_table_holds_the_mean_over_seeds_and_says_what_is_outside(tmp_path):
     results = []
     for seed, accuracy in enumerate((0.81, 0.83)):

@@ -74,6 +74,14 @@ def test_the_test_after_the_last_epoch_is_taken_once_and_again_where_it_was_lost
     assert all(first[name] == again[name] for name in first if "accuracy" in name or name == "confusion")
 
 
+def test_arrays_of_jax_and_of_other_bytes_are_the_same_data(data):
+    plain = {"image": data.test["image"], "label": data.test["label"]}
+    for label in (jnp.asarray(plain["label"]), plain["label"].astype(">i4"), plain["label"].astype(np.int64)):
+        other = {"image": jnp.asarray(plain["image"]), "label": label}
+        one, two = (rotjax.Dataset("noise", data.classes, arrays, arrays) for arrays in (plain, other))
+        assert one.facts() == two.facts() and two.train["label"].dtype == np.dtype("=i4") and one != two
+
+
 def test_a_matrix_of_too_many_classes_is_not_in_the_summary(data, tmp_path, monkeypatch):
     monkeypatch.setattr("rotjax.scoring.MOST", 2)
     carry_out(rotjax.Classification(**SMALL), data, tmp_path / "run")

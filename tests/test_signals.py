@@ -179,6 +179,21 @@ def test_a_signal_while_handlers_are_set_or_taken_away_is_not_lost_in_a_loop(mon
         signal.signal(signal.SIGTERM, before)
 
 
+def test_a_handler_of_a_run_that_is_put_back_after_it_ends_the_process():
+    """As by who sets a handler during the run, and what was there before once the run is over."""
+    program = """
+import os, signal
+from rotjax.signals import stopping
+with stopping():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, before)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", program], timeout=50, env=environment, check=False)
+    assert done.returncode == -signal.SIGTERM
+
+
 def test_a_handler_that_is_set_during_a_run_stays():
     before, heard = signal.getsignal(signal.SIGTERM), []
     try:

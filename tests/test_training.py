@@ -85,6 +85,21 @@ def test_the_rate_rises_and_falls_in_steps(images):
     np.testing.assert_allclose([float(plan.schedule(step)) for step in range(28)], expected, rtol=1e-5)
 
 
+def test_losses_of_sixteen_bits_are_summed_in_thirty_two():
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            return nn.Dense(4)((x / 255.0).mean((1, 2))).astype(jnp.float16)
+
+    optimizer, model = rotjax.adamw(1e-3), Half()
+    state = rotjax.init_state(optimizer, rotjax.init_variables(model, 0, 8))
+    step = rotjax.train_step(model, optimizer, loss=lambda logits, labels: training.cross_entropy(600 * logits, labels))
+    batch = {"image": np.full((512, 8, 8, 3), 200, np.uint8), "label": np.arange(512, dtype=np.int32) % 4}
+    state, metrics = step(state, batch)
+    assert metrics["loss"].dtype == jnp.float32 and np.isfinite(state.sums["loss"])
+    np.testing.assert_allclose(state.sums["loss"] / 512, metrics["loss"], rtol=1e-6)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_smoothed_labels_are_shared_evenly_over_the_classes(smoothing):
     logits, labels = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32), np.arange(6) % 5
