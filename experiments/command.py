@@ -242,7 +242,8 @@ def warn_of_few_steps(plan: rotjax.Plan) -> None:
     if plan.recipe.max_steps is None and plan.steps < FEW:
         each = f"{plan.epochs} epochs of {plan.epoch_steps}"
         enough = 2 ** int(math.log2(max(1, plan.recipe.batch_size * plan.steps / FEW)))  # images of a batch
-        remedy = f"lower --batch_size to {enough}" if SMALL <= enough < plan.recipe.batch_size else "raise --epochs"
+        then = plan.epochs * (plan.epoch_steps * plan.recipe.batch_size // enough)
+        remedy = f"lower --batch_size to {enough}" if enough >= SMALL and then >= FEW else "raise --epochs"
         log.warning(f"only {plan.steps} steps in all ({each}), in which little is learnt; {remedy}")
 
 

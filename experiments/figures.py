@@ -62,26 +62,30 @@ class _Run:
         return rotjax.load(self.workdir)[1]
 
     @cached_property
-    def tested(self) -> tuple[list[tuple[int, int, float]], list[tuple]]:
-        """Of each test image its label, what is predicted and the probability; and the surest mistakes, of which there are
-        images in memory: the test set may be larger than that.
+    def tested(self) -> tuple[list[tuple[int, int, float]], dict[int, np.ndarray], dict[int, np.ndarray]]:
+        """`(label, prediction, probability)` of each test image; by their numbers, of some evenly spaced and of those most
+        surely mistaken, the images, which may not all fit in memory.
         """
-        rows = []
+        count = len(self.plan.data.test["label"])
+        spread = set(np.linspace(0, count - 1, SHOWN).astype(int).tolist())  # folders are in the order of classes
+        rows, spaced = [], {}
 
-        def wrong() -> Iterator[tuple]:
-            views = self.views(self.plan.data.test, epoch=self.plan.last_epoch)  # the turns of the final score
-            for number, (image, true, given) in enumerate(views):
+        def wrong() -> Iterator[tuple[float, int, np.ndarray]]:
+            for number, (image, true, given) in enumerate(self.views()):
                 predicted, sure = int(given.argmax()), float(given.max())
                 rows.append((int(true), predicted, sure))
+                if number in spread:
+                    spaced[number] = image.copy()
                 if predicted != true:
-                    yield sure, number, image.copy(), true, predicted
+                    yield sure, number, image.copy()
 
-        return rows, heapq.nlargest(SHOWN, wrong())
+        worst = {number: image for _, number, image in heapq.nlargest(SHOWN, wrong())}
+        return rows, spaced, worst
 
-    def views(self, data: dict, epoch: int = 0) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
-        """Each image of `data`, for rotations on a turn that `epoch` decides, its label, and the network's probabilities."""
-        recipe, model = self.plan.recipe, self.plan.recipe.model()
-        everything = slice(None)  # in each of several processes, which draw the same
+    def views(self) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
+        """Each test image, for rotations on the turn of the last test, its label, and the network's probabilities."""
+        recipe, model, data = self.plan.recipe, self.plan.recipe.model(), self.plan.data.test
+        everything, epoch = slice(None), self.plan.last_epoch  # in each of several processes, which draw the same
         several = min(8 * recipe.batch_size, len(data["label"]))  # the variables are placed anew for each
         batches = rotjax.eval_batches(data, recipe.eval_task, several, seed=recipe.seed, epoch=epoch, share=everything)
         with closing(rotjax.read(batches)) as reader:
@@ -104,14 +108,12 @@ def _curves(run: _Run) -> Figure | None:
 
 
 def _predictions(run: _Run) -> Figure:
-    recipe, test = run.plan.recipe, run.plan.data.test
-    spread = np.unique(np.linspace(0, len(test["label"]) - 1, SHOWN).astype(int))  # folders are in the order of classes
-    images, true, given = map(np.array, zip(*run.views({key: value[spread] for key, value in test.items()}), strict=True))
-    predicted = given.argmax(-1)
-    title = f"Predicted {what(recipe)}: {(predicted == true).sum()} of {len(spread)} right"
+    recipe, (rows, spaced, _) = run.plan.recipe, run.tested
+    right = sum(rows[number][0] == rows[number][1] for number in spaced)
+    title = f"Predicted {what(recipe)}: {right} of {len(spaced)} right"
     turned = ", each turned counter-clockwise at random" if recipe.job == "rotation" else ""
-    caption = f"{_data(recipe)}: {shown_of(len(spread), len(test['label']), recipe.tested_on)}{turned}"
-    return plots.predictions(images, true, predicted, given.max(-1), recipe.classes, title, caption)
+    caption = f"{_data(recipe)}: {shown_of(len(spaced), len(rows), recipe.tested_on)}{turned}"
+    return _pictures(run, spaced, title, caption)
 
 
 def _confusion(run: _Run) -> Figure | None:
@@ -125,21 +127,23 @@ def _confusion(run: _Run) -> Figure | None:
 
 
 def _mistakes(run: _Run) -> Figure:
-    recipe, test = run.plan.recipe, run.plan.data.test
-    rows, worst = run.tested
+    recipe, (rows, _, worst) = run.plan.recipe, run.tested
     count = sum(true != predicted for true, predicted, _ in rows)
     surest = f"the surest {len(worst)} of {count:,}" if len(worst) < count else f"all {count}" if count else "none"
-    columns = zip(*worst, strict=True) if worst else ((),) * 5
-    sure, _, images, true, predicted = map(np.array, columns)
-    title = f"Mistaken {what(recipe)}: {surest}"
     turned = ", each on one random turn" if recipe.job == "rotation" else ""
-    caption = f"{_data(recipe)}: of the {len(test['label']):,} {recipe.tested_on}{turned}, the surest first"
-    return plots.predictions(images, true, predicted, sure, recipe.classes, title, caption)
+    caption = f"{_data(recipe)}: of the {len(rows):,} {recipe.tested_on}{turned}, the surest first"
+    return _pictures(run, worst, f"Mistaken {what(recipe)}: {surest}", caption)
+
+
+def _pictures(run: _Run, images: dict[int, np.ndarray], title: str, caption: str) -> Figure:
+    rows = [run.tested[0][number] for number in images]
+    true, predicted, sure = zip(*rows, strict=True) if rows else ((), (), ())
+    return plots.predictions([*images.values()], true, predicted, sure, run.plan.recipe.classes, title, caption)
 
 
 def _table(run: _Run) -> list[Sequence]:
     """Each test image by its file or number; what it is, what the network takes it for, and how probable it says that is."""
-    classes, names, (rows, _) = run.plan.recipe.classes, run.plan.data.files, run.tested
+    classes, names, (rows, _, _) = run.plan.recipe.classes, run.plan.data.files, run.tested
     lines = [
         (name, classes[true], classes[predicted], f"{sure:.6f}")
         for name, (true, predicted, sure) in zip(names or itertools.count(), rows, strict=bool(names))

@@ -64,6 +64,8 @@ def _outcome(path: Path) -> Outcome:
         one = Outcome(path.stem, **read_result(path), epochs=[row for row in rows if "test_accuracy" in row])
         if (name := named(*one.key, one.recipe["max_steps"], one.seed)) != path.stem:
             raise ValueError(f"but of {name}")
+        if one.row not in (*ROWS, *STRONG):
+            raise ValueError(f"there is no row {one.row}")
         if not 0 <= one.score <= 100:
             raise ValueError(f"accuracy {one.score:.2f}%")
         numbered = [row["epoch"] for row in one.epochs] == [*range(1, len(one.epochs) + 1)]

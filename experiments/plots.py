@@ -71,15 +71,15 @@ def curves(
 
 
 def predictions(
-    images: np.ndarray,
-    true: np.ndarray,
-    predicted: np.ndarray,
-    sure: np.ndarray,
+    images: Sequence[np.ndarray],
+    true: Sequence[int],
+    predicted: Sequence[int],
+    sure: Sequence[float],
     classes: Sequence[str],
     title: str,
     caption: str,
 ) -> Figure:
-    """`images` u8 `[N,H,H,3]`, eight to a row, each with what was predicted and how surely; the wrong ones framed, with
+    """N `images` u8 `[H,H,3]`, eight to a row, each with what was predicted and how surely; the wrong ones framed, with
     what is true.
     """
     lines = max(-(-len(images) // 8), 1)

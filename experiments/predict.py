@@ -100,7 +100,7 @@ def predicted(
 
 def _draw(path: Path, drawn: Sequence[tuple], recipe: rotjax.Recipe, count: int, folder: Path) -> None:
     """Draws some of `count` images in `folder`: of each the pixels, the prediction and its probability."""
-    images, guesses, sure = map(np.array, zip(*drawn, strict=True))
+    images, guesses, sure = zip(*drawn, strict=True)
     title = f"Predicted {figures.what(recipe)}"
     caption = f"{plots.short(folder.resolve().name, 40)}: {figures.shown_of(len(drawn), count, 'images')}"
     with plots.styled():

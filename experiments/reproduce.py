@@ -136,6 +136,7 @@ def carry_out(run: Run, settings: Settings) -> None:
     if run.after:
         result["pretext"] = accuracy(read_summary(settings.workdirs / run.after.name))
     with writing(settings.results):
+        (folder / f"{run.name}.json").unlink(missing_ok=True)  # or a kill would leave it beside metrics of another training
         write(folder / f"{run.name}.jsonl", (workdir / "metrics.jsonl").read_bytes())
         for name, kept in PICTURED.get(run.name, {}).items():
             write(settings.results / kept, (workdir / name).read_bytes())

@@ -18,7 +18,9 @@ def in_bytes(count: float) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Why `error` was raised, in up to 100 characters: the system's words where it has some, else its first line."""
+    """Why `error` was raised, in up to 100 characters: the system's words where it has some, else its first line,
+    without its middle where that is longer.
+    """
     said = (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
     return said if len(said) <= 100 else f"{said[:38]} ... {said[-57:]}"  # the cause is at either end
 

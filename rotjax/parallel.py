@@ -114,7 +114,7 @@ def place(batches: Iterable[dict], mesh: Mesh | None = None, *, axis: int = 0) -
     """Yields `batches` as global arrays, sharded along `axis` over the devices of `mesh`, by default all devices.
 
     With several processes, each passes only its own devices' slice, as `train_batches` yields it, not the global batch.
-    UsageError for a batch that the devices cannot share equally, or whose arrays are of several lengths.
+    UsageError for a batch that the devices cannot share equally, or whose arrays are of several lengths or none.
     """
     mesh = mesh or data_mesh()
     put = partial(jax.make_array_from_process_local_data, split(mesh, axis))
@@ -126,9 +126,9 @@ def place(batches: Iterable[dict], mesh: Mesh | None = None, *, axis: int = 0) -
 
 def _length(batch: dict, axis: int) -> int:
     """The number of images of `batch`; UsageError where its arrays have others, or none."""
-    lengths = {name: np.shape(values)[axis : axis + 1] for name, values in batch.items()}
-    if len(set(lengths.values())) != 1 or () in lengths.values():
-        odd = ", ".join(f"{length[0] if length else 'a number'} {name}" for name, length in lengths.items())
+    lengths = {name: np.shape(values)[axis] if np.ndim(values) > axis else None for name, values in batch.items()}
+    length, *others = set(lengths.values()) or {None}
+    if others or length is None:
+        odd = ", ".join(f"{'no' if one is None else one} {name}" for name, one in lengths.items())
         raise UsageError(f"a batch has {odd or 'no arrays'}; give it one entry of each for every image")
-    ((length,),) = set(lengths.values())
     return length

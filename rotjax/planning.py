@@ -76,9 +76,9 @@ def plan(
     `data` replaces the data set that the recipe names. `workdir` is only checked: it must not hold another run, and
     nothing is written. All processes must call this. Raises UsageError, DataError or CheckpointError.
     """
-    for name, end in {"dataset": "/", "pretrained": ""}.items():  # the folder `Path("digits")` is not the set of that name
+    for name, said in {"dataset": sources.canonical, "pretrained": str}.items():
         if isinstance(path := getattr(recipe, name, None), Path):
-            recipe = dataclasses.replace(recipe, **{name: f"{path}{end}"})
+            recipe = dataclasses.replace(recipe, **{name: said(path)})
     check(recipe, resolved=False)
     if data is None:
         recipe = dataclasses.replace(recipe, dataset=sources.canonical(recipe.dataset))

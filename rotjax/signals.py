@@ -19,8 +19,10 @@ _handlers = ExitStack()  # there is one set of them in a process
 
 
 def heeded() -> list[signal.Signals]:
-    """Of SIGTERM and SIGINT those that this process was not started to ignore, as a script's background job is SIGINT."""
-    return [kind for kind in ENDING if signal.getsignal(kind) != signal.SIG_IGN]
+    """Of SIGTERM and SIGINT those that this process was not started to ignore, as a script's background job is SIGINT, and
+    that no program around Python handles.
+    """
+    return [kind for kind in ENDING if signal.getsignal(kind) not in (signal.SIG_IGN, None)]
 
 
 def second_signal() -> Callable[..., None]:

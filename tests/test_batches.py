@@ -233,6 +233,12 @@ def test_seeds_and_sizes_out_of_range_are_refused_before_a_batch_is_made(images)
             batches.train_batches(images, tasks.classify, 8, 1, seed=seed)
         with pytest.raises(UsageError, match=f"^seed={seed} is out of range"):
             batches.eval_batches(images, tasks.classify, 8, seed=seed)
+    same = [batches.train_picks(48, 8, 1, seed=seed)[0]["index"] for seed in (3, np.array(3), jnp.int32(3))]
+    np.testing.assert_array_equal(same[0], same[1])
+    np.testing.assert_array_equal(same[0], same[2])
+    for labels in (images["label"].astype(">i4"), images["label"].astype(np.int64), jnp.asarray(images["label"])):
+        batch = batches.train_batches(images | {"label": labels}, tasks.classify, 8, 1, seed=3)[0]
+        assert batch["label"].dtype == np.dtype("=i4")
     with pytest.raises(UsageError, match="^batch_size=0 is too small"):
         batches.eval_batches(images, tasks.classify, 0)
 

@@ -180,8 +180,9 @@ def test_P4_a_batch_that_devices_cannot_share_is_refused_with_the_nearest_that_t
     ("batch", "said"),
     [
         ({"a": np.zeros(3), "image": np.zeros((4, 8, 8, 3))}, "3 a, 4 image"),
-        ({"image": np.zeros((4, 8, 8, 3)), "epoch": 3}, "4 image, a number epoch"),
+        ({"image": np.zeros((4, 8, 8, 3)), "epoch": 3}, "4 image, no epoch"),
         ({}, "no arrays"),
+        ({"image": np.zeros((4, 8, 8, 3)), "one": np.zeros(()), "two": [1, 2]}, "4 image, no one, 2 two"),
     ],
 )
 def test_a_batch_whose_arrays_are_not_of_one_length_is_refused(batch, said):

@@ -194,6 +194,35 @@ def test_a_trial_of_any_length_is_a_result(small, monkeypatch, steps):
     assert one.name == f"1-rotation-first{steps}-seed0" and one.epochs[-1]["step"] == steps
 
 
+def test_a_run_whose_result_was_being_replaced_goes_on(small, monkeypatch):
+    reproduce.run(small)
+    (result,) = (small.results / "runs").glob("1-rotation-*.json")
+    other = json.loads(result.read_text())
+    other["summary"]["wall_seconds"] += 1  # of another training
+    result.write_text(json.dumps(other))
+
+    def stopped(path, content):
+        path.write_bytes(content[:-20])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(reproduce, "write", stopped)
+        reproduce.run(small)
+    reproduce.run(small)
+    assert len(outcomes.load(small.results)) == 2
+
+
+def test_a_result_of_a_row_that_is_not_there_is_named_in_a_line(small):
+    reproduce.run(small)
+    (result,) = (small.results / "runs").glob("1-rotation-*.json")
+    for path in (result, result.with_suffix(".jsonl")):
+        path.rename(path.with_name(path.name.replace("1-", "9-", 1)))
+    other = result.with_name(result.name.replace("1-", "9-", 1))
+    other.write_text(other.read_text().replace('"row": "1"', '"row": "9"'))
+    with pytest.raises(CheckpointError, match="9-rotation-first3-seed0.json is no result of a run .there is no row 9"):
+        reproduce.run(small)
+
+
 def test_a_result_that_is_damaged_is_told_before_anything_is_trained(small):
     (small.results / "runs").mkdir(parents=True)
     (small.results / "runs" / "2a-classification-seed0.json").write_text("{")

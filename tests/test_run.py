@@ -82,6 +82,12 @@ def test_arrays_of_jax_and_of_other_bytes_are_the_same_data(data):
         assert one.facts() == two.facts() and two.train["label"].dtype == np.dtype("=i4") and one != two
 
 
+@pytest.mark.parametrize("files", [("one",), "ab"])
+def test_D5_files_of_another_number_than_the_test_images_are_refused(data, files):
+    with pytest.raises(DataError, match=f"noise has 11 test images and {len(files)} files; name each, or none"):
+        dataclasses.replace(data, files=files)
+
+
 def test_a_matrix_of_too_many_classes_is_not_in_the_summary(data, tmp_path, monkeypatch):
     monkeypatch.setattr("rotjax.scoring.MOST", 2)
     carry_out(rotjax.Classification(**SMALL), data, tmp_path / "run")

@@ -1,5 +1,6 @@
 """Arrays to batches, the only code that uses Grain: each element of a dataset is a whole batch, a function of its index."""
 
+import operator
 from collections.abc import Callable
 from functools import lru_cache, partial
 
@@ -9,7 +10,7 @@ import numpy as np
 from rotjax import parallel
 from rotjax.data import tasks
 from rotjax.data.augmentation import eval_view, train_view
-from rotjax.data.dataset import Arrays, check_arrays, check_fits, unlabelled
+from rotjax.data.dataset import Arrays, check_arrays, check_fits, native, unlabelled
 from rotjax.errors import UsageError
 
 Batches = grain.MapDataset[Arrays]
@@ -85,8 +86,12 @@ def eval_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: sli
 
 
 def _check_seed(seed: int) -> None:
-    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
-        raise UsageError(f"seed={seed} is out of range; it is an integer, at least 0 and below {2**32:,}")
+    try:
+        inside = 0 <= operator.index(seed) < 2**32
+    except TypeError:
+        inside = False
+    if not inside:
+        raise UsageError(f"seed={seed!r} is out of range; it is an integer, at least 0 and below {2**32:,}")
 
 
 def viewed(data: Arrays, picks: Batches, view: Callable[[Arrays, Arrays], Arrays]) -> Batches:
@@ -100,7 +105,7 @@ def _checked(data: Arrays, task: tasks.Task) -> Arrays:
     if "label" in data:
         if task is tasks.classify and np.min(data["label"], initial=0) < 0:
             raise UsageError("there are labels below 0, of images without a class; leave these out, or give another task")
-        return data
+        return data | {"label": native(data["label"])}
     if task is tasks.classify:
         raise TypeError("images have no 'label', i32 [N], to be classified by; give it, or another task")
     return data | {"label": unlabelled(len(data["image"]))}

@@ -17,7 +17,7 @@ class Dataset:
     """`train` and `test` are `{'image': u8[N,H,H,3], 'label': i32[N]}`; without `classes` labels are -1, given or not.
 
     `files` are the names of the test images, where they have some. Raises DataError for missing labels, arrays of other
-    shapes or dtypes, an empty part, or a label that names no class.
+    shapes or dtypes, an empty part, a label that names no class, or `files` of another number.
     """
 
     name: str
@@ -48,8 +48,10 @@ class Dataset:
             bad = np.flatnonzero((label < (0 if self.classes else -1)) | (label >= len(self.classes)))
             if len(bad):
                 raise DataError(f"{where}: label {label[bad[0]]} of image {bad[0]} is none of {len(self.classes)} classes")
-            label = np.asarray(label).astype(np.int32, copy=False)
-            object.__setattr__(self, part, {"image": np.asarray(image), "label": label})  # which may have been arrays of jax
+            object.__setattr__(self, part, {"image": np.asarray(image), "label": native(label)})
+        object.__setattr__(self, "files", tuple(map(str, self.files)))
+        if self.files and len(self.files) != (count := len(self.test["label"])):
+            raise DataError(f"{self.name} has {count:,} test images and {len(self.files):,} files; name each, or none")
 
     def facts(self) -> dict:
         """A JSON fingerprint of the data: counts, and a hash of the labels and of up to 2,048 images of each split."""
@@ -70,6 +72,11 @@ class Dataset:
 def unlabelled(count: int) -> np.ndarray:
     """Placeholder labels, -1, i32 `[count]`."""
     return np.full(count, -1, np.int32)
+
+
+def native(labels: Any) -> np.ndarray:
+    """`labels`, integers of any kind, of NumPy or of jax, as i32 on the host."""
+    return np.asarray(labels).astype(np.int32, copy=False)
 
 
 def check_arrays(arrays: Arrays) -> None:

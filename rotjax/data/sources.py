@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 OURS = ("digits", "cifar10", "imagenette")
 
 
-def canonical(name: str) -> str:
+def canonical(name: str | Path) -> str:
     """The data set `name`; for every way to write the path of a folder of photographs the same: `photos` for `./photos/`."""
+    name = f"{name}/" if isinstance(name, Path) else name  # the folder `Path("digits")` is not the set of that name
     if not is_path(name):
         return name
     path = str(Path(name))
@@ -44,12 +45,13 @@ def load(
     or a folder of photographs, which if named like one of these three is written as a path, `./digits`.
 
     `data_dir` is TFDS's, by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`. `progress` wraps the records as they
-    are decoded. Raises UsageError for a name that does not exist or fewer training images than `batch_size`, DataError
+    are decoded. Raises UsageError for a name that does not exist, an `image_size` below 1 or fewer training images than
+    `batch_size`, DataError
     for data that is not there or unreadable, or if it is to be `labelled` has no classes: before anything is decoded.
     """
     if image_size < 1:
         raise UsageError(f"image_size={image_size} is too small; it is at least 1")
-    name = f"{name}/" if isinstance(name, Path) else name  # the folder `Path("digits")` is not the set of that name
+    name = canonical(name) if isinstance(name, Path) else name  # an error says a string as it was given
     if is_path(name):
         return _photographs(name, image_size, progress, batch_size, labelled)
     if name == "digits":
