@@ -66,9 +66,7 @@ class _Run:
         """`(label, prediction, probability)` of each test image; by their numbers, of some evenly spaced and of those most
         surely mistaken, the images, which may not all fit in memory.
         """
-        count = len(self.plan.data.test["label"])
-        spread = set(np.linspace(0, count - 1, SHOWN).astype(int).tolist())  # folders are in the order of classes
-        rows, spaced = [], {}
+        spread, rows, spaced = evenly(len(self.plan.data.test["label"])), [], {}
 
         def wrong() -> Iterator[tuple[float, int, np.ndarray]]:
             for number, (image, true, given) in enumerate(self.views()):
@@ -162,6 +160,11 @@ def _filters(run: _Run) -> Figure:
 
 def _data(recipe: rotjax.Recipe) -> str:
     return plots.short(Path(recipe.dataset).resolve().name, 40)
+
+
+def evenly(count: int) -> set[int]:
+    """The numbers of up to SHOWN of `count` images, evenly spaced: the first of a folder would be of one class."""
+    return set(np.linspace(0, count - 1, SHOWN).astype(int).tolist())
 
 
 def shown_of(shown: int, count: int, what: str) -> str:

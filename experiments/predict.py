@@ -50,7 +50,7 @@ def run(pretrained: Path, images: Path, output: Annotated[Path | None, default("
     stem = f"predictions-{images.resolve().name[:40]}-{command.mark(images)}"
     folder = command.made(output or pretrained, "name another folder, --output")
     table, sheet = (folder / f"{stem}.{kind}" for kind in ("csv", "png"))
-    spread = set(np.linspace(0, len(names) - 1, figures.SHOWN).astype(int).tolist())
+    spread = figures.evenly(len(names))
     guesses, drawn, unreadable = Counter[int](), [], []
 
     def rows() -> Iterator[list[str]]:

@@ -102,6 +102,10 @@ def _stop(number: int, *_) -> None:
         if signal.getsignal(number) == _stop:  # put back by somebody who had set another meanwhile
             signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
+    _tell()
+
+
+def _tell() -> None:
     for event in _events:
         event.set()
 
@@ -116,6 +120,5 @@ def _watch(heard: socket.socket) -> None:
             again(number[0])
             continue
         again = second_signal()
-        for event in _events:
-            event.set()
+        _tell()
         log.warning("stopping as soon as what is under way is done and saved; a second signal stops at once")
