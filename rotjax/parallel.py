@@ -97,6 +97,11 @@ def check_batch(batch_size: int, devices: int) -> None:
         raise UsageError(f"batch_size={batch_size} cannot be shared among {devices} devices; use {nearest}")
 
 
+def abstract(tree: Any, mesh: Mesh) -> Any:
+    """The shapes and dtypes of `tree`, replicated over `mesh`: what a checkpoint is loaded as."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
+
+
 def share(batch_size: int, mesh: Mesh) -> slice:
     """The slice of a global batch for this process's devices; ValueError if they are not contiguous in `mesh`.
 

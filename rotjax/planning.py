@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax
 import optax
 
 from rotjax import checkpoints, optim, workdirs
@@ -14,7 +13,7 @@ from rotjax.data import sources
 from rotjax.data.dataset import Dataset, check_classes, check_fits
 from rotjax.errors import UsageError
 from rotjax.models import Classifier
-from rotjax.parallel import check_batch, data_mesh, replicated
+from rotjax.parallel import abstract, check_batch, data_mesh
 from rotjax.recipe import NETWORK, Classification, Recipe, check
 from rotjax.state import abstract_variables
 from rotjax.transfer import joined, part
@@ -177,6 +176,5 @@ def _classes(recipe: Classification, data: Dataset) -> tuple[Classification, Dat
 def _load_parts(recipe: Recipe, workdir: Path, step: int, *names: str) -> dict[str, dict]:
     """The parts `names` of the network of `recipe` from a checkpoint in `workdir`."""
     model = (recipe if recipe.classes else dataclasses.replace(recipe, classes=("",))).model()
-    variables, sharding = abstract_variables(model, recipe.image_size), replicated(data_mesh())
-    variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), variables)
+    variables = abstract(abstract_variables(model, recipe.image_size), data_mesh())
     return checkpoints.load_parts(workdir / "checkpoints", step, {name: part(variables, name) for name in names})

@@ -23,7 +23,7 @@ from rotjax.data.augmentation import train_view
 from rotjax.errors import Stopped, UsageError
 from rotjax.feed import Feed, Stream, Where
 from rotjax.models import Classifier
-from rotjax.parallel import data_mesh, place, split
+from rotjax.parallel import abstract, data_mesh, place, split
 from rotjax.planning import Plan
 from rotjax.recipe_json import to_json
 from rotjax.state import TrainState, init_state, init_variables
@@ -70,10 +70,12 @@ def train(
         if processes.of_primary(first == plan.steps and (workdir / "summary.json").exists()):
             log.info(f"already complete at step {first}")
             return
-        model, optimizer, state = _build(plan)
+        model, optimizer, begin = _build(plan)
         if first:
-            state = checkpoints.restore(saved.directory, first, state)
+            state = checkpoints.restore(saved.directory, first, abstract(jax.eval_shape(begin), mesh))
             log.info(f"resuming from step {first} of {plan.steps}")
+        else:
+            state = begin()
         with processes.together():
             logged, write = stack.enter_context(workdirs.metrics(workdir, first)) if processes.primary() else ([], _ignore)
         score, elsewhere = scoring.scorer(plan, model, feed, partial(_until, stopping, log_steps)), 0.0
@@ -170,24 +172,30 @@ def versions(*names: str) -> dict[str, str]:
     return found
 
 
-def _build(plan: Plan) -> tuple[Classifier, optax.GradientTransformation, TrainState]:
-    """The network, its optimizer, and the state at step 0: initialise, graft, then the optimizer's state."""
+def _build(plan: Plan) -> tuple[Classifier, optax.GradientTransformation, Callable[[], TrainState]]:
+    """The network, its optimizer, and a function that draws the state at step 0."""
     recipe = plan.recipe
     model = recipe.model()
+    optimizer = optim.OPTIMIZERS[recipe.optimizer](plan.schedule, recipe.weight_decay, recipe.frozen)
+    return model, optimizer, partial(_begun, plan, model, optimizer)
+
+
+def _begun(plan: Plan, model: Classifier, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state at step 0: initialise, graft, then the optimizer's state."""
+    recipe = plan.recipe
     variables = init_variables(model, recipe.seed, recipe.image_size)
     if plan.backbone is not None:
         variables = graft(variables, "backbone", plan.backbone)
         log.info(
             f"taken from {recipe.pretrained}: the backbone, {len(jax.tree.leaves(plan.backbone))} arrays; new: the head"
         )
-    optimizer = optim.OPTIMIZERS[recipe.optimizer](plan.schedule, recipe.weight_decay, recipe.frozen)
     labels = jax.tree.leaves(optim.labels(variables["params"], recipe.frozen))
     sizes = [leaf.size for leaf in jax.tree.leaves(variables["params"])]
     trainable = sum(size for size, label in zip(sizes, labels, strict=True) if label == "trainable")
     statistics = "held" if recipe.held else "moving"
     frozen = f"; frozen: {', '.join(recipe.frozen)}, their statistics {statistics}" if recipe.frozen else ""
     log.info(f"{recipe.backbone}, {recipe.stem} stem: {trainable:,} of {sum(sizes):,} parameters train{frozen}")
-    return model, optimizer, init_state(optimizer, variables)
+    return init_state(optimizer, variables)
 
 
 def _check_alike(plan: Plan, feed: Feed, log_steps: int) -> None:

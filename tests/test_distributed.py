@@ -144,7 +144,7 @@ def rows(workdir):
 
 
 def state(workdir):
-    _, _, state = rotjax.run._build(plan())
+    state = rotjax.run._build(plan())[2]()
     return checkpoints.restore(workdir / "checkpoints", checkpoints.newest(workdir / "checkpoints"), state)
 
 

@@ -291,7 +291,7 @@ def same(one, other):
     states = []
     for workdir in (one, other):
         plan = rotjax.planning.Plan(rotjax.workdirs.read_recipe(workdir), None, None, 8, 96)
-        _, _, state = rotjax.run._build(plan)
+        state = rotjax.run._build(plan)[2]()
         states.append(rotjax.checkpoints.restore(workdir / "checkpoints", 96, state))
     jax.tree.map(np.testing.assert_array_equal, *states)
 
@@ -417,7 +417,7 @@ def test_R14_killed_before_and_in_the_transfer_it_ends_with_the_same_bits(start,
 def test_R14_a_transfer_begins_with_the_pretrained_backbone_and_a_fresh_head(pretrained, data):
     plan = rotjax.plan(rotjax.Classification(pretrained=str(pretrained), batch_size=8, seed=5), data=data)
     assert rotjax.plan(rotjax.Classification(pretrained=pretrained, batch_size=8, seed=5), data=data).recipe == plan.recipe
-    _, _, state = rotjax.run._build(plan)
+    state = rotjax.run._build(plan)[2]()
     fresh, donor = rotjax.init_variables(plan.recipe.model(), 5, 8), rotjax.load(pretrained)[1]
     for name, source in {"head": fresh, "backbone": donor}.items():
         jax.tree.map(np.testing.assert_array_equal, rotjax.part(state.variables, name), rotjax.part(source, name))
@@ -440,7 +440,7 @@ def test_pretraining_goes_on_from_an_earlier_run_on_other_images(pretrained, dat
     plan = rotjax.plan(recipe, data=others)
     _, variables, source = rotjax.load(pretrained)
     assert plan.recipe.pretrained == f"{source.name}@12" and plan.recipe.stem == "cifar"
-    begun = rotjax.run._build(plan)[2].variables
+    begun = rotjax.run._build(plan)[2]().variables
     jax.tree.map(np.testing.assert_array_equal, rotjax.part(begun, "backbone"), rotjax.part(variables, "backbone"))
     kernels = (rotjax.part(one, "head")["params"]["kernel"] for one in (begun, variables))
     assert (np.asarray(next(kernels)) != np.asarray(next(kernels))).any()
