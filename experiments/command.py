@@ -13,6 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -206,26 +207,25 @@ def cache_compilations() -> None:
         jax.config.update("jax_compilation_cache_dir", None)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    again = "or every run compiles again"
-    _say_once(
-        {
-            "Error reading persistent compilation cache": f"{folder} is damaged; remove it, {again}",
-            "Error writing persistent compilation cache": f"{folder} cannot be written; make room, {again}",
-        }
-    )
+    _say_once(folder)
 
 
-def _say_once(lines: dict[str, str]) -> None:
-    """Python's warnings that begin with a key of `lines`, of which a run may get hundreds, become one line each."""
-    show, said = warnings.showwarning, set()
+@cache  # `reproduce` comes here before each of its runs
+def _say_once(folder: Path) -> None:
+    """JAX's warnings of its cache in `folder`, of which a run may get hundreds, become one line of each kind."""
+    lines = {
+        "Error reading persistent compilation cache": f"{folder} is damaged; remove it",
+        "Error writing persistent compilation cache": f"{folder} cannot be written; make room",
+    }
+    show = warnings.showwarning
 
     def shown(message, *rest, **options):
-        line = next((line for words, line in lines.items() if str(message).startswith(words)), None)
-        if line is None:
+        words = next((words for words in lines if str(message).startswith(words)), None)
+        if words is None:
             show(message, *rest, **options)
-        elif line not in said:
-            said.add(line)
-            log.warning(line)
+        elif line := lines[words]:
+            lines[words] = ""
+            log.warning(f"{line}, or every run compiles again")
 
     warnings.showwarning = shown
 

@@ -19,7 +19,7 @@ from experiments import command, tables
 from experiments.flags import DataDir, ResultsDir
 from experiments.outcomes import RESULTS, accuracy
 from experiments.peers import accelerator, augmented, networks, stemmed
-from experiments.report import say
+from experiments.report import say, typed
 from experiments.rows import Run, every
 from rotjax.data import sources
 from rotjax.data.augmentation import GREY
@@ -60,10 +60,9 @@ def control(
     except ImportError as error:
         raise DataError(f"{error}; the control needs torch and torchvision: pip install torch torchvision") from error
     if (begun := trained.after) and not (workdirs / begun.name / "summary.json").exists():
-        flags = f" --preset={begun.recipe.preset}" * (begun.recipe.preset != "report")
-        flags += f" --seeds={begun.recipe.seed + 1}" * bool(begun.recipe.seed)
-        first = f"run python -m experiments.reproduce --only={begun.name}{flags} --workdirs={workdirs} first"
-        raise UsageError(f"{run} starts from {begun.name}, which is not complete there; {first}")
+        flags = {"only": begun.name, "preset": begun.recipe.preset, "seeds": begun.recipe.seed + 1, "workdirs": workdirs}
+        first = typed("reproduce", {name: value for name, value in flags.items() if value not in ("report", 1)})
+        raise UsageError(f"{run} starts from {begun.name}, which is not complete there; run {first} first")
     folder = command.made(results / "controls")
     recipe = trained.recipe.resolved()
     data = sources.load(recipe.dataset, image_size=recipe.image_size, data_dir=data_dir, progress=command.decoding)

@@ -109,8 +109,8 @@ def accuracy(summary: dict) -> float:
     return 100 * (summary["rotation_accuracy"] if "rotation_accuracy" in summary else summary["accuracy"])
 
 
-def mean(scores: Sequence[float]) -> str:
-    """Their mean and, from two on, their standard deviation."""
+def mean_and_spread(scores: Sequence[float]) -> str:
+    """Their mean and, from two on, ± their standard deviation, in two digits."""
     spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
     return f"{statistics.mean(scores):.2f}{spread}"
 

@@ -131,11 +131,12 @@ def filters(before: np.ndarray, after: np.ndarray, title: str) -> Figure:
     figure = titled((8, 0.8 + 0.45 * -(-before.shape[-1] // 8)), title)
     for axes, kernels, name in zip(figure.subplots(1, 2), (before, after), ("before", "after"), strict=True):
         low, high = kernels.min((0, 1, 2)), kernels.max((0, 1, 2))
-        tiles = np.pad((kernels - low) / np.maximum(high - low, 1e-12), ((0, 1), (0, 1), (0, 0), (0, 0)), constant_values=1)
-        columns = min(8, tiles.shape[-1])
-        tiles = np.pad(tiles, ((0, 0), (0, 0), (0, 0), (0, -tiles.shape[-1] % columns)), constant_values=1)
-        rows = np.split(np.moveaxis(tiles, -1, 0), tiles.shape[-1] // columns)
-        axes.imshow(np.concatenate([np.concatenate(list(row), axis=1) for row in rows]))
+        columns = min(8, kernels.shape[-1])
+        gaps = ((0, 1), (0, 1), (0, 0), (0, -kernels.shape[-1] % columns))
+        tiles = np.pad((kernels - low) / np.maximum(high - low, 1e-12), gaps, constant_values=1)
+        height, width, *_ = tiles.shape
+        grid = tiles.reshape(height, width, 3, -1, columns).transpose(3, 0, 4, 1, 2)
+        axes.imshow(grid.reshape(-1, columns * width, 3))
         axes.set(title=name, xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     return figure

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import logging
-import shlex
 import shutil
 import sys
 import tarfile
@@ -21,9 +20,9 @@ from tensorflow_datasets.core import shuffle
 from experiments import command
 from experiments.archives import Archive, catalogued, fetch, lacking, verify
 from experiments.flags import DataDir, default
-from experiments.report import say
+from experiments.report import say, typed
 from rotjax.data import catalogue, prepared
-from rotjax.errors import DataError, UsageError, in_bytes, launcher
+from rotjax.errors import DataError, UsageError, in_bytes
 from rotjax.locks import locked
 
 log = logging.getLogger("experiments.prepare")  # __name__ is "__main__" where it is run
@@ -62,9 +61,12 @@ def run(
     command.check_folder("data_dir", data_dir)
     name = catalogue.qualified(dataset, image_size or 160)
     folder = prepare(name, catalogue.home(data_dir), archive)
-    flags = f"--dataset={dataset}" + (f" --image_size={image_size or 160}" if dataset == "imagenette" else "")
-    flags += f" --data_dir={shlex.quote(str(data_dir))}" if data_dir else ""
-    say(f"{name} is prepared in {folder}; use it: {launcher()}python -m experiments.rotation {flags}")
+    flags: dict[str, Any] = {"dataset": dataset}
+    if dataset == "imagenette":
+        flags["image_size"] = image_size or 160
+    if data_dir:
+        flags["data_dir"] = data_dir
+    say(f"{name} is prepared in {folder}; use it: {typed('rotation', flags)}")
 
 
 def prepare(

@@ -73,7 +73,9 @@ def run(
     if neighbors > train:
         raise UsageError(f"--neighbors={neighbors} is more than the {train} training images; lower it")
     named = _named(name, data, recipe.image_size)
-    kept = [command.made(pretrained), *([command.made(results / "probes")] if results else [])]
+    paths = [command.made(pretrained) / f"probe-{named}.json"]
+    if results:
+        paths.append(command.made(results / "probes") / f"{pretrained.resolve().name}-{named}.json")
     command.cache_compilations()
     model, trained, _ = rotjax.load(pretrained)
     networks = {"random": rotjax.init_variables(model, recipe.seed, recipe.image_size), "trained": trained}
@@ -99,7 +101,6 @@ def run(
         "versions": versions("rotjax", "jax", "scikit-learn"),
         "stages": stages,
     }
-    paths = [folder / f"{begin}-{named}.json" for folder, begin in zip(kept, ("probe", result["run"]), strict=False)]
     for path in paths:
         write_json(path, result)
     say(f"\n{paths[0]}")

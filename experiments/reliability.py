@@ -74,7 +74,7 @@ def outcome(files: Iterable[Path]) -> dict:
         code: {key: rows[code][key] for key in COUNTS} | {"seconds": round(rows[code]["seconds"], 1)} for code in rows
     }
     about = {"python": platform.python_version()} | versions("rotjax", "jax", "jaxlib", "orbax-checkpoint", "grain")
-    return {"versions": about, "rows": dict(sorted(numbers.items(), key=lambda row: _order(row[0])))}
+    return {"versions": about, "rows": dict(sorted(numbers.items(), key=lambda row: (row[0][0], int(row[0][1:]))))}
 
 
 def _cases(path: Path) -> list[ElementTree.Element]:
@@ -91,16 +91,14 @@ def _counted(case: ElementTree.Element) -> dict[str, float]:
     skipped = case.find("skipped") is not None
     failed = case.find("failure") is not None or case.find("error") is not None
     said = [int(one.get("value", 1)) for one in case.iter("property") if one.get("name") == "trials"]
-    counts: dict[str, float] = {
+    return {
         "tests": 1,
         "trials": 0 if skipped else sum(said) or 1,
+        "passed": int(not skipped and not failed),
+        "failed": int(failed),
+        "skipped": int(skipped),
         "seconds": float(case.get("time", 0)),
     }
-    return counts | {"skipped": int(skipped), "failed": int(failed), "passed": int(not skipped and not failed)}
-
-
-def _order(code: str) -> tuple[str, int]:
-    return code[0], int(code[1:])
 
 
 def page(counts: Mapping, faults: Mapping[str, Mapping]) -> str:

@@ -180,7 +180,8 @@ def facts(summary: dict) -> list[tuple[str, str]]:
     else:
         lines = [("accuracy", f"{summary['accuracy']:.2%} on {count:,} {images}")]
     lines.append(("data set", f"{summary['dataset']}, {summary['train_images']:,} training images"))
-    lines.append(("network", network(summary)))
+    width = f", width {summary['width']}" if summary["width"] != presets.REPORT["rotation"]["width"] else ""
+    lines.append(("network", f"{summary['backbone']}, {summary['stem']} stem{width}"))
     epochs = summary["epochs"]
     lines.append(("trained for", f"{epochs:g} epoch{'s' * (epochs != 1)}, {summary['steps']:,} steps, seed {seed}"))
     speed, minutes = summary["images_per_second"], summary["wall_seconds"] / 60
@@ -190,16 +191,10 @@ def facts(summary: dict) -> list[tuple[str, str]]:
     return lines
 
 
-def network(facts: Mapping[str, Any]) -> str:
-    """The network in words: its backbone, its stem, and its width where that is not the published one."""
-    width = f", width {facts['width']}" if facts["width"] != presets.REPORT["rotation"]["width"] else ""
-    return f"{facts['backbone']}, {facts['stem']} stem{width}"
-
-
 def next_step(workdir: Path, plan: Plan, data_dir: Path | None = None) -> str:
     """The commands or the line of Python that make use of the run in `workdir`."""
     if plan.recipe.job == "classification":
-        predict = _command("predict", {"pretrained": workdir, "images": "FOLDER"})
+        predict = typed("predict", {"pretrained": workdir, "images": "FOLDER"})
         loaded = f'model, variables, recipe = rotjax.load("{workdir}")'
         return f"next, classify other images:\n  {predict}\nor use it in Python:\n  {loaded}"
     dataset = plan.recipe.dataset if len(plan.data.classes) > 1 else "FOLDER_WITH_A_FOLDER_PER_CLASS"
@@ -216,12 +211,14 @@ def next_step(workdir: Path, plan: Plan, data_dir: Path | None = None) -> str:
         flags["data_dir"] = data_dir
     probe = {name: value for name, value in flags.items() if name in ("pretrained", "dataset", "data_dir")}
     return (
-        f"next, learn classes from it:\n  {_command('classification', flags)}\n"
-        f"or see what its features are worth as they are:\n  {_command('probe', probe)}"
+        f"next, learn classes from it:\n  {typed('classification', flags)}\n"
+        f"or see what its features are worth as they are:\n  {typed('probe', probe)}"
     )
 
 
-def _command(job: str, flags: Mapping[str, Any]) -> str:
+def typed(job: str, flags: Mapping[str, Any]) -> str:
+    """What to type to run the command `job` with these flags."""
+
     def word(name: str, value: Any) -> str:
         return ("--" if value else "--no_") + name if isinstance(value, bool) else f"--{name}={shlex.quote(str(value))}"
 

@@ -120,15 +120,15 @@ def carry_out(run: Run, settings: Settings) -> None:
     if run.after and isinstance(recipe, Classification):
         recipe = dataclasses.replace(recipe, pretrained=str(settings.workdirs / run.after.name))
     folder = command.made(settings.results / "runs")
-    # That of the end may be another; of a run that an earlier call completed it is not known.
-    trains = "" if (workdir / "summary.json").exists() else commit()
+    # Before it trains: later the clone may be at another. What an earlier call completed may be of any.
+    code = "" if (workdir / "summary.json").exists() else commit()
     command.train(recipe, Execution(workdir=workdir, data_dir=settings.data_dir))
     result = {
         "row": run.row,
         "variant": run.variant,
         "task": run.recipe.job,
         "seed": run.recipe.seed,
-        "commit": trains,
+        "commit": code,
         "data_note": settings.data_note,
         "recipe": to_json(read_recipe(workdir)),
         "summary": read_summary(workdir),
@@ -159,7 +159,6 @@ def overview(asked: Sequence[Run], settings: Settings, running: Run | None = Non
     """A line for each run, done with its accuracy, running, interrupted or left; and about how long the rest takes."""
     lines, speeds, left, finished = [], [], 0.0, {run.name for run in asked if done(run, settings)}
     for run in asked:
-        steps, total = progress(run, settings.workdirs)
         if run.name in finished:
             summary = read_summary(settings.workdirs / run.name)
             state = f"{accuracy(summary):.2f}%"
@@ -167,6 +166,7 @@ def overview(asked: Sequence[Run], settings: Settings, running: Run | None = Non
         elif (settings.workdirs / run.name / "summary.json").exists():
             state = f"complete, but not among {settings.results}"
         else:
+            steps, total = progress(run, settings.workdirs)
             under_way = run is running or held(settings.workdirs / run.name / ".lock")
             state = "running" if under_way else f"interrupted at step {steps}" if steps else "left"
             left += (total - steps) * run.recipe.resolved().views * cost(run)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from experiments import command, comparison
 from experiments.flags import ResultsDir
-from experiments.outcomes import PROBES, RESULTS, Outcome, accuracy, controls, load, mean, probes, subset_scores
+from experiments.outcomes import PROBES, RESULTS, Outcome, accuracy, controls, load, mean_and_spread, probes, subset_scores
 from experiments.report import say
 from experiments.rows import ROWS, STRONG, SUBSETS, WHOLE, Run, every, runs
 from rotjax import files
@@ -113,7 +113,7 @@ def _line(group: Sequence[Outcome], run: Run | None) -> tuple:
         run.what if run else one.variant,
         one.recipe["backbone"],
         f"{published:.2f}" if published else "",
-        f"**{mean(scores)}**",
+        f"**{mean_and_spread(scores)}**",
         len(scores),
         f"{score - published:+.2f}" if published else "",
         inside,
@@ -134,8 +134,8 @@ def _where(group: Sequence[Outcome]) -> tuple[str, str]:
 
 
 def _minutes(group: Sequence[Outcome]) -> str:
-    mean = f"{statistics.mean(one.summary['wall_seconds'] for one in group) / 60:.1f}"
-    return mean + " after it was resumed" * any(one.summary["resumed_from"] for one in group)
+    minutes = statistics.mean(one.summary["wall_seconds"] for one in group) / 60
+    return f"{minutes:.1f}" + " after it was resumed" * any(one.summary["resumed_from"] for one in group)
 
 
 def _strong(outcomes: Sequence[Outcome]) -> list[str]:
@@ -144,7 +144,7 @@ def _strong(outcomes: Sequence[Outcome]) -> list[str]:
     for key, group in groupby(outcomes, lambda one: one.key):
         same, run = list(group), known.get(key)
         goal = f"{run.goal:.1f}" if run and run.goal else ""
-        what, score = run.what if run else key[1], mean([one.score for one in same])
+        what, score = run.what if run else key[1], mean_and_spread([one.score for one in same])
         lines.append((key[0], what, goal, f"**{score}**", len(same), *_where(same)))
     title = (
         "## Today's recipe\n\nThe tasks of rows 1 to 3b by `python -m experiments.reproduce --preset=strong`: ResNet18\n"
@@ -216,7 +216,7 @@ def _first_epochs(outcomes: Sequence[Outcome]) -> list[str]:
     for row, beginning in BEGINNINGS.items():
         epochs = [epoch for one in outcomes if one.key[:2] == (row, "") for epoch in one.epochs]
         if first := [100 * epoch["test_accuracy"] for epoch in epochs if epoch["epoch"] == 1]:
-            lines.append((row, *beginning, mean(first)))
+            lines.append((row, *beginning, mean_and_spread(first)))
     title = "## The first epoch\n\nTest accuracy in % after one epoch of fine-tuning."
     return [title, table(("row", "from", "report", "rotjax"), lines)] if lines else []
 
@@ -228,7 +228,7 @@ def _subsets(outcomes: Sequence[Outcome]) -> list[str]:
     for count in (*SUBSETS, WHOLE):
         scores = [subset_scores(outcomes, kind, row, count) for kind, (row, *_) in comparison.CURVES.items()]
         if any(scores):
-            lines.append((count, *(f"{mean(s)} ({len(s)})" if s else "" for s in scores)))
+            lines.append((count, *(f"{mean_and_spread(s)} ({len(s)})" if s else "" for s in scores)))
     title = (
         "## Few labels (row 4)\n\nTest accuracy in %, by training images per class; the mean over draws, and how many.\n"
         "5000 are all: rows 2a, 3a and 3b."
@@ -263,7 +263,7 @@ def _probes(probed: Sequence[dict], scores: Mapping[str, float]) -> list[str]:
 
 
 def _trials(outcomes: Sequence[Outcome]) -> list[str]:
-    lines = [(one.name, one.summary["steps"], mean([one.score])) for one in outcomes]
+    lines = [(one.name, one.summary["steps"], mean_and_spread([one.score])) for one in outcomes]
     title = "## Trials\n\nStopped early, to see that a row runs; not to be compared with the report."
     return [title, table(("run", "steps", "accuracy"), lines)] if lines else []
 

@@ -44,14 +44,14 @@ def call(monkeypatch, tmp_path, capsys):
 
 def test_the_whole_job_on_the_embedded_digits(tmp_path):
     def run(job, *words):
-        line = [sys.executable, "-m", f"experiments.{job}", *TINY, *words]
+        line = [sys.executable, "-m", f"experiments.{job}", *words]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
         done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         return done.stdout
 
-    said = run("rotation")
+    said = run("rotation", *TINY)
     (workdir,) = (tmp_path / "runs").iterdir()
     assert workdir.name.startswith("rotation-digits-resnet18-")
     names = {path.name for path in workdir.iterdir() if not path.name.startswith(".")}
@@ -59,28 +59,11 @@ def test_the_whole_job_on_the_embedded_digits(tmp_path):
     assert {name for name in names if name.endswith((".png", ".csv"))} == set(figures.FIGURES)
     assert str(workdir.relative_to(tmp_path)) in said
     words = [word for word in TINY if "stem" not in word and "width" not in word]
-    line = [
-        sys.executable,
-        "-m",
-        "experiments.classification",
-        *words,
-        f"--pretrained={workdir}",
-        "--trainable=head",
-        "--workdir=mine",
-        *("--augment=device", "--steps_per_dispatch=2", "--threads=1"),
-    ]
-    done = subprocess.run(
-        line,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    words += [f"--pretrained={workdir}", "--trainable=head", "--workdir=mine"]
+    said = run("classification", *words, "--augment=device", "--steps_per_dispatch=2", "--threads=1")
     summary = json.loads((tmp_path / "mine/summary.json").read_text())
     assert 0 <= summary["accuracy"] <= 1 and summary["stem"] == "cifar" and summary["steps"] == 4
-    assert "taken from rotation-digits-resnet18" in done.stdout
+    assert "taken from rotation-digits-resnet18" in said
 
 
 USAGE = [
@@ -233,13 +216,16 @@ def test_F5_a_folder_of_programs_that_others_can_write_is_not_used(monkeypatch, 
 
 
 def damaged(connection, folder):
-    """Compiles, damages what is cached of it, compiles again: sends both results."""
+    """Compiles, damages what is cached of it, compiles again, as several runs of one process: sends both results."""
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-    with report.listening():
+
+    def run(function):
         command.cache_compilations()
+        return jax.jit(function)(jax.numpy.arange(5.0)).tolist()
+
+    with report.listening():
         for number in range(2):
-            programs = [jax.jit(function) for function in (jax.numpy.sin, jax.numpy.cos, jax.numpy.tan)]
-            connection.send([program(jax.numpy.arange(5.0)).tolist() for program in programs])
+            connection.send([run(function) for function in (jax.numpy.sin, jax.numpy.cos, jax.numpy.tan)])
             if not number:
                 jax.clear_caches()
                 for entry in folder.glob("*-cache"):

@@ -24,7 +24,7 @@ def test_every_number_of_the_table_is_that_of_committed_runs():
         assert (ROOT / path).is_file()
         first = known[Path(path).stem]
         group = [one for one in known.values() if one.key == first.key]
-        said = (outcomes.mean([one.score for one in group]), str(len(group)), str(first.summary["epochs"]))
+        said = (outcomes.mean_and_spread([one.score for one in group]), str(len(group)), str(first.summary["epochs"]))
         assert (accuracy, seeds, epochs) == said
 
 

@@ -175,6 +175,10 @@ def test_what_is_left_is_shown_with_an_estimate(small, capsys):
     assert " running\n" in capsys.readouterr().out
     reproduce.run(dataclasses.replace(small, list=True, results=small.results / "other"))
     assert f"complete, but not among {small.results / 'other'}\n" in capsys.readouterr().out
+    (first,) = (run.name for run in reproduce.runs(1, "report") if run.row == "1")
+    (small.workdirs / first / "metrics.jsonl").write_text("damaged\n\n")  # of a run that is done it is not read
+    reproduce.run(dataclasses.replace(small, list=True))
+    assert "1 of 2 done" in capsys.readouterr().out
 
 
 def test_a_trial_is_told_from_the_run():
