@@ -1,7 +1,6 @@
 """What a network makes of images: a feature vector from each stage, the probability of each class."""
 
 from collections.abc import Callable
-from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -9,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotjax.data.batches import eval_picks, read
 from rotjax.data.dataset import check_pixels
 from rotjax.models.classifier import STAGES, Classifier
-from rotjax.parallel import data_mesh, place, replicated
+from rotjax.parallel import check_batch, data_mesh, replicated, split
 
 
 def features(model: Classifier, variables: dict, images: np.ndarray, *, batch_size: int = 256) -> dict[str, np.ndarray]:
@@ -45,10 +43,11 @@ def _applied(function: Callable, model: Classifier, variables: dict, images: np.
     mesh = data_mesh(jax.local_devices())
     variables = jax.device_put(jax.tree.map(np.asarray, variables), replicated(mesh))
     size = -(-min(batch_size, len(images)) // mesh.size) * mesh.size
-    picks = eval_picks(len(images), size, seed=0, epoch=0, share=slice(None))
-    # Over this mesh also where the caller has set another.
-    with jax.set_mesh(mesh), closing(read(picks.map(lambda pick: {"image": images[pick["index"]]}))) as reader:
-        parts = [jax.device_get(function(model, variables, batch["image"])) for batch in place(reader, mesh)]
+    check_batch(size, mesh.size)
+    batches = np.arange(-(-len(images) // size) * size).clip(max=len(images) - 1).reshape(-1, size)  # the last one filled up
+    with jax.set_mesh(mesh):  # also where the caller has set another
+        placed = (jax.device_put(images[rows], split(mesh)) for rows in batches)
+        parts = [jax.device_get(function(model, variables, batch)) for batch in placed]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays)[: len(images)], *parts)
 
 

@@ -254,6 +254,6 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is UnionType:
         return any(_fits(value, part) for part in parts)
     if kind is tuple:
-        several = isinstance(value, (tuple, list)) and (Ellipsis in parts or len(value) == len(parts))
+        several = isinstance(value, tuple) and (Ellipsis in parts or len(value) == len(parts))
         return several and all(_fits(one, parts[0]) for one in value)
     return isinstance(value, (int, float) if hint is float else hint) and (hint is bool or not isinstance(value, bool))

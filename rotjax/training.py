@@ -58,11 +58,11 @@ def train_step(
     mesh = mesh or data_mesh()
     step = _step(model, optimizer, loss, mesh)
 
-    def checked(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
+    def one(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
         state, metrics = step(whole(state, mesh), batch)
-        return _checked(state), metrics
+        return _marked_by_variables(state), metrics
 
-    return jax.jit(over(mesh, checked), donate_argnums=0, out_shardings=replicated(mesh))
+    return jax.jit(over(mesh, one), donate_argnums=0, out_shardings=replicated(mesh))
 
 
 def train_steps(
@@ -86,7 +86,7 @@ def train_steps(
             return step(state, make(data, batch))
 
         state, metrics = jax.lax.scan(one, whole(state, mesh), batches, unroll=unroll)
-        return _checked(state), metrics
+        return _marked_by_variables(state), metrics
 
     return jax.jit(over(mesh, steps), donate_argnums=0, out_shardings=replicated(mesh))
 
@@ -121,8 +121,8 @@ def _step(model: nn.Module, optimizer: optax.GradientTransformation, loss: Loss,
     return step
 
 
-def _checked(state: TrainState) -> TrainState:
-    """`state`, marked if its variables are not finite.
+def _marked_by_variables(state: TrainState) -> TrainState:
+    """`state`, marked as `_marked` does where its variables are not finite.
 
     Once a dispatch: in every step it would be a fifth of the kernels that a GPU starts. Parameters that are not finite spoil
     the next loss anyway.

@@ -187,7 +187,7 @@ def test_a_test_image_is_turned_anew_every_epoch_and_alike_for_every_batch_size(
 
 @pytest.mark.parametrize("size", [0, -1, 49])
 def test_a_batch_that_does_not_fit_is_refused(images, size):
-    with pytest.raises(UsageError, match="^batch_size=.* is larger than"):
+    with pytest.raises(UsageError, match="^batch_size=.* is (too small|larger than)"):
         batches.train_batches(images, tasks.classify, size, 1, seed=0)
 
 
@@ -195,6 +195,8 @@ def test_a_batch_that_does_not_fit_is_refused(images, size):
 def test_pixels_that_are_not_uint8_are_refused(images, make):
     with pytest.raises(TypeError, match=r"images are float32\[48, 8, 8, 3\]; give an array of uint8 pixels"):
         make(images | {"image": images["image"] / np.float32(255)}, tasks.random_turn, 8)
+    with pytest.raises(TypeError, match=r"arrays are uint8\[48, 8, 8, 3\]; give a dict"):
+        make(images["image"], tasks.random_turn, 8)
 
 
 @pytest.mark.parametrize("make", [partial(batches.train_batches, steps=1, seed=0), batches.eval_batches])

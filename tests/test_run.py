@@ -657,6 +657,8 @@ def test_a_backbone_that_has_seen_the_validation_images_is_told(pretrained, data
 
 def test_C7_a_workdir_of_another_recipe_is_refused(pretrained, data):
     listed = dict(mean=list(rotjax.models.CIFAR10_MEAN), std=list(rotjax.models.CIFAR10_STD))
+    recipe = rotjax.plan(rotjax.Rotation(**SMALL, **listed), data=data).recipe
+    assert recipe.name == rotjax.plan(rotjax.Rotation(**SMALL), data=data).recipe.name
     assert carry_out(rotjax.Rotation(**SMALL, **listed), data, pretrained) == []
     with pytest.raises(UsageError, match=r"holds another run \(seed 1 -> 2\)"):
         carry_out(rotjax.Rotation(**(SMALL | {"seed": 2})), data, pretrained)

@@ -32,8 +32,9 @@ def train_batches(
     Rotations need no labels. Raises TypeError as `check_arrays` does and where labels are missing, UsageError where some are
     negative, to classify by; see `train_picks`.
     """
+    data = _checked(data, task)
     picks = train_picks(len(data["image"]), batch_size, steps, seed=seed, share=share)
-    return viewed(_checked(data, task), picks, partial(train_view, task=task, flip=flip, cutout=cutout))
+    return viewed(data, picks, partial(train_view, task=task, flip=flip, cutout=cutout))
 
 
 def train_picks(count: int, batch_size: int, steps: int, *, seed: int, share: slice | None = None) -> Batches:
@@ -63,8 +64,9 @@ def eval_batches(
 
     Rotations need no labels. Raises TypeError and UsageError as `train_batches`.
     """
+    data = _checked(data, task)
     picks = eval_picks(len(data["image"]), batch_size, seed=seed, epoch=epoch, share=share)
-    return viewed(_checked(data, task), picks, partial(eval_view, task=task))
+    return viewed(data, picks, partial(eval_view, task=task))
 
 
 def eval_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: slice | None = None) -> Batches:
@@ -72,8 +74,7 @@ def eval_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: sli
 
     Raises UsageError for a batch size or a seed out of range.
     """
-    if batch_size < 1:
-        raise UsageError(f"batch_size={batch_size} is too small; it is at least 1")
+    check_fits(batch_size)
     _check_seed(seed)
     share = _own(batch_size) if share is None else share
 
@@ -105,10 +106,10 @@ def _checked(data: Arrays, task: tasks.Task) -> Arrays:
     if "label" in data:
         if task is tasks.classify and np.min(data["label"], initial=0) < 0:
             raise UsageError("there are labels below 0, of images without a class; leave these out, or give another task")
-        return data | {"label": native(data["label"])}
+        return {**data, "label": native(data["label"])}
     if task is tasks.classify:
         raise TypeError("images have no 'label', i32 [N], to be classified by; give it, or another task")
-    return data | {"label": unlabelled(len(data["image"]))}
+    return {**data, "label": unlabelled(len(data["image"]))}
 
 
 def read(batches: Batches, *, start: int = 0, threads: int = 0, ahead: int = 2) -> grain.DatasetIterator[Arrays]:

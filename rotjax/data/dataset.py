@@ -1,6 +1,8 @@
 """A loaded data set: arrays for training, arrays for testing, class names; and what is asked of such arrays."""
 
 import hashlib
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +82,9 @@ def native(labels: Any) -> np.ndarray:
 
 
 def check_arrays(arrays: Arrays) -> None:
-    """Raises TypeError for images that are not u8 `[N,H,H,3]`, or labels, if there are any, that are no integers `[N]`."""
+    """Raises TypeError unless `arrays` are a dict of images, u8 `[N,H,H,3]`, and labels, if any, that are integers `[N]`."""
+    if not isinstance(arrays, Mapping):
+        raise TypeError(f"arrays are {_kind(arrays)}; give a dict, {{'image': u8[N,H,H,3], 'label': i32[N]}}")
     image: Any = arrays.get("image")
     check_pixels(image)
     if image.shape[1:] != (*image.shape[1:2] * 2, 3):
@@ -105,9 +109,11 @@ def _kind(values: object) -> str:
     return f"{values.dtype}{list(values.shape)}" if isinstance(values, (np.ndarray, jax.Array)) else type(values).__name__
 
 
-def check_fits(batch_size: int, count: int) -> None:
-    """Raises UsageError where a batch has more images than the `count` that there are to train on."""
-    if not 0 < batch_size <= count:
+def check_fits(batch_size: int, count: float = math.inf) -> None:
+    """Raises UsageError for a batch of no images, or of more than the `count` that there are to train on."""
+    if batch_size < 1:
+        raise UsageError(f"batch_size={batch_size} is too small; it is at least 1")
+    if batch_size > count:
         asked = f"batch_size={batch_size} is larger than the training set of {count:,} images"
         raise UsageError(f"{asked}; lower it to {count} or less, or give more images")
 

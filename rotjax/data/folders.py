@@ -143,10 +143,10 @@ def _contents(top: Path) -> tuple[list[Path], list[Path]]:
 
     found, runs, entered = [], [], {_identity(top.parent)}
     for where, folders, names in os.walk(top, onerror=refuse, followlinks=True):
-        if _identity(where) in entered:
+        if (here := _identity(where)) in entered:
             folders.clear()
             continue
-        entered.add(_identity(where))
+        entered.add(here)
         if RUN.issubset(names):
             runs.append(Path(where))
             folders.clear()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from rotjax.data.dataset import Arrays, Dataset, check_classes, check_fits, unlabelled
+from rotjax.data.dataset import Arrays, Dataset, check_classes, check_fits
 from rotjax.data.decoded import before, decoded, fingerprint, listing
 from rotjax.data.folders import UNOPENED, Photograph, everything, formats, found, shown, unclassed
 from rotjax.data.pixels import ahead, square
@@ -72,7 +72,7 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
     train, test = ({key: value[rows] for key, value in arrays.items()} for rows in (slice(border), slice(border, None)))
     classes = _checked(folder, classes, train, test, held_out, labelled)
     if not classes:
-        train, test = ({**part, "label": unlabelled(len(part["image"]))} for part in (train, test))
+        train, test = ({"image": part["image"]} for part in (train, test))
     return Dataset(folder.resolve().name, classes, train, test, tuple(names[border:]))
 
 

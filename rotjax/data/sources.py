@@ -46,8 +46,8 @@ def load(
 
     `data_dir` is TFDS's, by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`. `progress` wraps the records as they
     are decoded. Raises UsageError for a name that does not exist, an `image_size` below 1 or fewer training images than
-    `batch_size`, DataError
-    for data that is not there or unreadable, or if it is to be `labelled` has no classes: before anything is decoded.
+    `batch_size`, DataError for data that is not there or unreadable, or if it is to be `labelled` has no classes: before
+    anything is decoded.
     """
     if image_size < 1:
         raise UsageError(f"image_size={image_size} is too small; it is at least 1")
@@ -66,8 +66,7 @@ def subset(labels: np.ndarray, per_class: int, seed: int, classes: Sequence[str]
 
     Raises UsageError where a class has fewer, by its name if `classes` are given.
     """
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(labels))
+    order = np.random.default_rng(seed).permutation(len(labels))
     kinds, counts = np.unique(labels, return_counts=True)
     if counts.min() < per_class:
         least = kinds[counts.argmin()]

@@ -53,9 +53,8 @@ def _is_small(size):
 
 def _within_reach(kernel, size):
     """Of `kernel` the taps that meet pixels of maps of this `size`, and not their padding alone."""
-    reach = [min(width // 2, side - 1) for width, side in zip(kernel.shape[:2], size, strict=True)]
     rows, columns = (
-        slice(width // 2 - near, width // 2 + near + 1) for width, near in zip(kernel.shape[:2], reach, strict=True)
+        slice(max(width // 2 - side + 1, 0), width // 2 + side) for width, side in zip(kernel.shape[:2], size, strict=True)
     )
     return kernel[rows, columns]
 
