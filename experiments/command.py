@@ -240,11 +240,11 @@ def warn_of_thin_batches(views: int) -> None:
 def warn_of_few_steps(plan: rotjax.Plan) -> None:
     """Says so where a small set gives so few steps that hardly anything can be learnt."""
     if plan.recipe.max_steps is None and plan.steps < FEW:
-        each = f"{plan.epochs} epochs of {plan.epoch_steps}"
+        each = f"{plan.epochs} epoch{'s' * (plan.epochs != 1)} of {plan.epoch_steps}"
         enough = 2 ** int(math.log2(max(1, plan.recipe.batch_size * plan.steps / FEW)))  # images of a batch
         then = plan.epochs * (plan.epoch_steps * plan.recipe.batch_size // enough)
         remedy = f"lower --batch_size to {enough}" if enough >= SMALL and then >= FEW else "raise --epochs"
-        log.warning(f"only {plan.steps} steps in all ({each}), in which little is learnt; {remedy}")
+        log.warning(f"only {plan.steps} steps in all ({each}), which may be too few; {remedy}")
 
 
 def warn_of_idle_gpu() -> None:

@@ -44,7 +44,7 @@ class Recipe:
     stem: StemName = DEFERRED
     """First layers: imagenet (7x7 stride 2 and max-pool, the report's) or cifar (3x3, for small images)."""
     image_size: int = DEFERRED
-    """Side of the square images in pixels."""
+    """Side of the square images in pixels; not taken over from the pretrained run."""
     epochs: int = DEFERRED
     """Each is len(train) // batch_size steps."""
     max_steps: int | None = None

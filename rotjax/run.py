@@ -121,9 +121,9 @@ def train(
             _save(saved, state)
             with processes.together():
                 checkpoints.wait(saved)
-            saving = f"saved in {workdir}" if int(state.step) else "nothing to save yet"
-            where = f"stopped at step {int(state.step)} of {plan.steps}, {saving}"
-            raise Stopped(f"{where}; the same command resumes") from None
+            done = int(state.step)
+            then = f"saved in {workdir}; the same command resumes" if done else "nothing to save yet; run it again"
+            raise Stopped(f"stopped at step {done} of {plan.steps}, {then}") from None
         views = (plan.steps - first) * recipe.views
         summary = scores | {
             "images_per_second": round(views / seconds, 1) if views else None,

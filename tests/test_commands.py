@@ -357,6 +357,6 @@ def test_a_run_of_few_steps_is_told(images, notes):
     few = rotjax.Classification(stem="cifar", width=4, batch_size=32, epochs=50, subset=11)
     command.warn_of_few_steps(rotjax.plan(few, data=data))
     assert notes == [
-        "only 18 steps in all (3 epochs of 6), in which little is learnt; raise --epochs",
-        "only 50 steps in all (50 epochs of 1), in which little is learnt; lower --batch_size to 8",
+        "only 18 steps in all (3 epochs of 6), which may be too few; raise --epochs",
+        "only 50 steps in all (50 epochs of 1), which may be too few; lower --batch_size to 8",
     ]

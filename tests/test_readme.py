@@ -3,10 +3,13 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
+import rotjax
 from experiments import outcomes
 
 ROOT = Path(__file__).parents[1]
@@ -41,18 +44,37 @@ def test_every_number_of_a_control_is_that_of_its_result():
     assert said and said == [(f"{outcomes.accuracy(controls[name]['summary']):.2f}", name) for _, name in said]
 
 
-def test_the_ten_lines_train_on_the_callers_own_arrays():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def blocks():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_loop_trains_on_the_callers_own_arrays():
+    code, _ = blocks()
     rng = np.random.default_rng(0)
     images = np.linspace(0, 200, 32).astype(np.uint8).repeat(32).reshape(1, 32, 32, 1) + rng.integers(
         0, 40, (64, 32, 32, 3), dtype=np.uint8
     )
-    names = {"images": images, "labels": np.zeros(64, np.int32)}
+    names: dict[str, Any] = {"images": images, "labels": np.arange(64, dtype=np.int32) % 2}
     exec(code.replace('stem="cifar"', 'stem="cifar", width=4'), names)
-    assert int(names["state"].step) == 40 and float(names["metrics"]["accuracy"]) > 0.5  # a ramp shows which way is up
-    for a, b in zip(
-        jax.tree.leaves(names["variables"]["params"]["backbone"]),
-        jax.tree.leaves(names["state"].variables["params"]["backbone"]),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
+    turned = rotjax.train_batches(names["data"], rotjax.random_turn, 64, 1, seed=1)[0]
+    guessed = rotjax.probabilities(names["pretext"], names["rotations"], turned["image"]).argmax(-1)
+    assert (guessed == turned["label"]).mean() > 0.5  # a ramp shows which way is up
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        rotjax.part(names["grafted"], "backbone"),
+        rotjax.part(names["rotations"], "backbone"),
+    )
+    assert names["classes"]["params"]["head"]["kernel"].shape[-1] == 10
+
+
+def test_a_whole_run_in_python_is_as_it_says(tmp_path):
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "photo.png")
+    names: dict[str, Any] = {"rotjax": rotjax, "workdir": tmp_path / "run", "paths": [tmp_path / "photo.png"] * 3}
+    _, code = blocks()
+    code = code.replace('dataset="digits"', 'dataset="digits", width=4, epochs=1, max_steps=2')
+    shown = code.replace("rotjax.probabilities", "made = rotjax.probabilities").replace(
+        "rotjax.features", "maps = rotjax.features"
+    )
+    exec(shown, names)
+    assert names["made"].shape == (3, len(names["recipe"].classes))
+    assert list(names["maps"]) == ["stem", "stage1", "stage2", "stage3", "stage4"]

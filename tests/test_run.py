@@ -172,7 +172,7 @@ def test_R3_a_signal_before_the_first_step_leaves_a_run_that_goes_on(pretrained,
         return init_state(*arguments)
 
     monkeypatch.setattr(rotjax.run, "init_state", interrupted)
-    with pytest.raises(Stopped, match="stopped at step 0 of 12, nothing to save yet; the same command resumes"):
+    with pytest.raises(Stopped, match="stopped at step 0 of 12, nothing to save yet; run it again"):
         carry_out(rotjax.Rotation(**SMALL), data, tmp_path / "run")
     monkeypatch.setattr(rotjax.run, "init_state", init_state)
     carry_out(rotjax.Rotation(**SMALL), data, tmp_path / "run")
