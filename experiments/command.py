@@ -207,15 +207,15 @@ def cache_compilations() -> None:
         jax.config.update("jax_compilation_cache_dir", None)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    _say_once(folder)
+    _say_once()
 
 
 @cache  # `reproduce` comes here before each of its runs
-def _say_once(folder: Path) -> None:
-    """JAX's warnings of its cache in `folder`, of which a run may get hundreds, become one line of each kind."""
+def _say_once() -> None:
+    """JAX's warnings of its cache, of which a run may get hundreds, become one line of each kind."""
     lines = {
-        "Error reading persistent compilation cache": f"{folder} is damaged; remove it",
-        "Error writing persistent compilation cache": f"{folder} cannot be written; make room",
+        "Error reading persistent compilation cache": "is damaged; remove it",
+        "Error writing persistent compilation cache": "cannot be written; make room",
     }
     show = warnings.showwarning
 
@@ -225,7 +225,7 @@ def _say_once(folder: Path) -> None:
             show(message, *rest, **options)
         elif line := lines[words]:
             lines[words] = ""
-            log.warning(f"{line}, or every run compiles again")
+            log.warning(f"{jax.config.jax_compilation_cache_dir} {line}, or every run compiles again")
 
     warnings.showwarning = shown
 

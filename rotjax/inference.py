@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotjax.data.dataset import check_pixels
+from rotjax.data.dataset import check_fits, check_pixels
 from rotjax.models.classifier import STAGES, Classifier
-from rotjax.parallel import check_batch, data_mesh, replicated, split
+from rotjax.parallel import data_mesh, replicated, split
 
 
 def features(model: Classifier, variables: dict, images: np.ndarray, *, batch_size: int = 256) -> dict[str, np.ndarray]:
@@ -39,11 +39,11 @@ def _applied(function: Callable, model: Classifier, variables: dict, images: np.
     check_pixels(images)
     if not images.size:
         raise ValueError("there are no images, or none with pixels; give at least one")
+    check_fits(batch_size)
     images = np.asarray(images)  # of jax its devices may not be those of `mesh`
     mesh = data_mesh(jax.local_devices())
     variables = jax.device_put(jax.tree.map(np.asarray, variables), replicated(mesh))
     size = -(-min(batch_size, len(images)) // mesh.size) * mesh.size
-    check_batch(size, mesh.size)
     batches = np.arange(-(-len(images) // size) * size).clip(max=len(images) - 1).reshape(-1, size)  # the last one filled up
     with jax.set_mesh(mesh):  # also where the caller has set another
         placed = (jax.device_put(images[rows], split(mesh)) for rows in batches)

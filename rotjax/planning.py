@@ -75,10 +75,10 @@ def plan(
     `data` replaces the data set that the recipe names. `workdir` is only checked: it must not hold another run, and
     nothing is written. All processes must call this. Raises UsageError, DataError or CheckpointError.
     """
-    kinds = {"dataset": (Path, sources.canonical), "pretrained": (Path, str), "mean": (list, tuple), "std": (list, tuple)}
-    for name, (kind, said) in kinds.items():
-        if isinstance(value := getattr(recipe, name), kind):
-            recipe = dataclasses.replace(recipe, **{name: said(value)})
+    for name, said in {"dataset": sources.canonical, "pretrained": str}.items():
+        if isinstance(path := getattr(recipe, name), Path):
+            recipe = dataclasses.replace(recipe, **{name: said(path)})
+    recipe = dataclasses.replace(recipe, **{name: tuple(one) for name, one in vars(recipe).items() if isinstance(one, list)})
     check(recipe, resolved=False)
     if data is None:
         recipe = dataclasses.replace(recipe, dataset=sources.canonical(recipe.dataset))

@@ -1,5 +1,6 @@
 """Runs on disk: a plan trained, or resumed, in a workdir, row by row."""
 
+import atexit
 import importlib.metadata
 import json
 import logging
@@ -23,7 +24,7 @@ from rotjax.data.augmentation import train_view
 from rotjax.errors import Stopped, UsageError
 from rotjax.feed import Feed, Stream, Where
 from rotjax.models import Classifier
-from rotjax.parallel import abstract, data_mesh, place, split
+from rotjax.parallel import abstract, data_mesh, over, place, split
 from rotjax.planning import Plan
 from rotjax.recipe_json import to_json
 from rotjax.state import TrainState, init_state, init_variables
@@ -60,6 +61,7 @@ def train(
     feed = feeds.choose(plan, augment, steps_per_dispatch, threads)
     _check_alike(plan, feed, log_steps)
     with ExitStack() as stack:
+        stack.callback(atexit.unregister, atexit.register(stack.close))  # or a run that is held would hang as Python ends
         with processes.together():
             ours = workdirs.claimed(workdir, recipe, plan.data, plan.backbone)
             claim = stack.enter_context(ours) if processes.primary() else _ignore
@@ -72,7 +74,7 @@ def train(
             return
         model, optimizer, begin = _build(plan)
         if first:
-            state = checkpoints.restore(saved.directory, first, abstract(jax.eval_shape(begin), mesh))
+            state = checkpoints.restore(saved.directory, first, abstract(jax.eval_shape(over(mesh, begin)), mesh))
             log.info(f"resuming from step {first} of {plan.steps}")
         else:
             state = begin()
@@ -101,7 +103,9 @@ def train(
                     with processes.together():
                         write(row)
                     elsewhere -= time.perf_counter()
+                    stopping.held = True
                     yield row
+                    stopping.held = False
                     elsewhere += time.perf_counter()
                 if not rows and not processes.alone():
                     continue  # processes agree only where they wait for the device anyway
@@ -121,9 +125,9 @@ def train(
             _save(saved, state)
             with processes.together():
                 checkpoints.wait(saved)
-            done = int(state.step)
-            then = f"saved in {workdir}; the same command resumes" if done else "nothing to save yet; run it again"
-            raise Stopped(f"stopped at step {done} of {plan.steps}, {then}") from None
+            saving = f"saved in {workdir}" if int(state.step) else "nothing to save yet"
+            where = f"stopped at step {int(state.step)} of {plan.steps}, {saving}"
+            raise Stopped(f"{where}; the same command resumes") from None
         views = (plan.steps - first) * recipe.views
         summary = scores | {
             "images_per_second": round(views / seconds, 1) if views else None,

@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT, by which a run is asked to save and to stop."""
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -14,7 +15,15 @@ log = logging.getLogger(__name__)
 ENDING = (signal.SIGTERM, signal.SIGINT)
 ECHO = 1.0  # seconds in which `uv run` and others pass a signal on that has reached the whole group of processes already
 
-_events: list[threading.Event] = []  # of the runs that are under way
+
+class Stopping(threading.Event):
+    """Set when a run is to save and to stop; `held` while the run waits for who iterates over its rows."""
+
+    held = False
+    first = math.inf  # when Python handled the first signal
+
+
+_events: list[Stopping] = []  # of the runs that are under way
 _handlers = ExitStack()  # there is one set of them in a process
 
 
@@ -37,12 +46,13 @@ def second_signal() -> Callable[..., None]:
 
 
 @contextmanager
-def stopping() -> Iterator[threading.Event]:
+def stopping() -> Iterator[Stopping]:
     """An event that the first of the `heeded` signals sets; a second one, not its `ECHO`, ends the process at once.
 
-    Runs of one process may overlap: a signal stops them all. Processes that it forks meanwhile heed signals as before.
+    While all runs are `held`, that second one is what it was before the runs: in a notebook a KeyboardInterrupt. Runs of one
+    process may overlap: a signal stops them all. Processes that it forks meanwhile heed signals as before.
     """
-    event = threading.Event()
+    event = Stopping()
     if not _in_main_thread():
         yield event
         return
@@ -97,11 +107,16 @@ def _handled() -> Iterator[None]:
 
 
 def _stop(number: int, *_) -> None:
-    if not _events:  # the runs have ended, the last one in another thread
+    now = time.monotonic()
+    # None: the runs have ended, the last one in another thread.
+    if all(event.held and now - event.first > ECHO for event in _events):
         _handlers.close()
+        _events.clear()
         if signal.getsignal(number) == _stop:  # put back by somebody who had set another meanwhile
             signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
+    for event in _events:
+        event.first = min(event.first, now)
     _tell()
 
 
@@ -117,7 +132,8 @@ def _watch(heard: socket.socket) -> None:
         if number[0] not in ENDING or not _events:
             continue
         if again:
-            again(number[0])
+            if not all(event.held for event in _events):  # see `_stop`
+                again(number[0])
             continue
         again = second_signal()
         _tell()

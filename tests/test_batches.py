@@ -185,9 +185,9 @@ def test_a_test_image_is_turned_anew_every_epoch_and_alike_for_every_batch_size(
     np.testing.assert_array_equal(first, np.concatenate([small[t]["label"] for t in range(4)]))
 
 
-@pytest.mark.parametrize("size", [0, -1, 49])
-def test_a_batch_that_does_not_fit_is_refused(images, size):
-    with pytest.raises(UsageError, match="^batch_size=.* is (too small|larger than)"):
+@pytest.mark.parametrize(("size", "fault"), [(0, "too small"), (-1, "too small"), (49, "larger than")])
+def test_a_batch_that_does_not_fit_is_refused(images, size, fault):
+    with pytest.raises(UsageError, match=f"^batch_size={size} is {fault}"):
         batches.train_batches(images, tasks.classify, size, 1, seed=0)
 
 

@@ -7,6 +7,7 @@ import pwd
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -168,7 +169,7 @@ def test_D1_the_command_says_so_within_seconds_and_asks_no_network(tmp_path):
     for words, code in ((["--help"], 0), (["--dataset=cifar10"], 3)):
         line = [sys.executable, "-m", "experiments.rotation", *words]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=100)
+        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=600)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == code, done.stderr
@@ -236,10 +237,21 @@ def test_F5_a_damaged_program_is_compiled_again_to_the_same_bits(start, tmp_path
     (tmp_path / "compiled").mkdir(mode=0o700)
     process, connection = start(tmp_path / "log", damaged, tmp_path / "compiled")
     first, second = connection.recv(), connection.recv()
-    process.join(timeout=60)
+    process.join(timeout=600)
     assert first == second and process.exitcode == 0
     line = f"rotjax: {tmp_path / 'compiled'} is damaged; remove it, or every run compiles again\n"
     assert (tmp_path / "log").read_text() == line
+
+
+def test_F4_a_cache_that_cannot_be_written_is_told_once(monkeypatch, cache, notes):
+    command._say_once.cache_clear()
+    monkeypatch.setattr(warnings, "showwarning", lambda *_: None)  # put back with what replaces it
+    for _ in range(2):
+        command.cache_compilations()
+        warnings.showwarning("Error writing persistent compilation cache entry for 'x'", UserWarning, "compiler.py", 1)
+    folder = jax.config.jax_compilation_cache_dir
+    assert notes == [f"{folder} cannot be written; make room, or every run compiles again"]
+    command._say_once.cache_clear()
 
 
 def test_F4_no_home_and_no_cache_folder(monkeypatch, tmp_path, cache, notes):
@@ -311,7 +323,7 @@ def starved(connection, workdir, memory):
 def test_P6_out_of_memory_is_a_line_and_the_same_command_goes_on(start, tmp_path):
     for memory, code in ((False, 2), (True, 0)):
         process, _ = start(tmp_path / str(memory), starved, tmp_path / "run", memory)
-        process.join(timeout=120)
+        process.join(timeout=600)
         assert process.exitcode == code
     last = (tmp_path / "False").read_text().splitlines()[-1]
     assert last.startswith("rotjax: out of memory (RESOURCE_EXHAUSTED: ") and last.endswith(
@@ -344,6 +356,15 @@ def test_a_reader_of_the_help_may_go(tmp_path):
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_thin_batches_of_several_devices_are_told(monkeypatch, notes):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    command.warn_of_thin_batches(64)
+    assert notes == []
+    command.warn_of_thin_batches(63)
+    assert [note.partition(";")[0] for note in notes] == ["each of 2 devices gets 31 images of a batch"]
 
 
 def test_a_run_of_few_steps_is_told(images, notes):

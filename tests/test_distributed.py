@@ -185,7 +185,7 @@ def test_P3_one_of_two_processes_is_killed_and_both_restarted(pair, stopped, who
         connection.send("go on")
     killed = time.monotonic()
     code, line = ends()[1 - victim]
-    assert time.monotonic() - killed < 60
+    assert time.monotonic() - killed < rotjax.processes.PATIENCE + 120  # within a minute, where nothing else is computed
     assert code == 75 and "another process of this run is gone" in line and "start all again" in line and len(line) < 300
     _, _, ends = pair(run, workdir)
     assert [code for code, _ in ends()] == [0, 0], ends()

@@ -31,6 +31,9 @@ def test_probabilities_are_the_softmax_of_the_logits_whatever_the_batch(images):
     np.testing.assert_array_equal(placed, found)
     with pytest.raises(ValueError, match="there are no images, or none with pixels; give at least one"):
         rotjax.probabilities(model, variables, images["image"][:, :0])
+    for size in (0, -3):
+        with pytest.raises(UsageError, match=f"^batch_size={size} is too small; it is at least 1$"):
+            rotjax.probabilities(model, variables, images["image"], batch_size=size)
     with pytest.raises(TypeError, match=r"images are float64\[48, 8, 8, 3\]; give an array of uint8 pixels"):
         rotjax.probabilities(model, variables, images["image"] / 255)
     with pytest.raises(TypeError, match="images are list; give an array of uint8 pixels"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,20 @@ def test_every_number_of_a_control_is_that_of_its_result():
     assert said and said == [(f"{outcomes.accuracy(controls[name]['summary']):.2f}", name) for _, name in said]
 
 
+def test_what_pretraining_is_worth_is_the_difference_of_the_tables_rows():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    scores = {}
+    for one in outcomes.load(outcomes.RESULTS):
+        scores.setdefault(one.name.rsplit("-seed")[0], []).append(one.score)
+    pairs = ("4-full-20", "4-scratch-20"), ("3a", "3b"), ("S3a", "S3b")
+    few, all_, today = (
+        statistics.mean(scores[f"{one}-classification"]) - statistics.mean(scores[f"{other}-classification"])
+        for one, other in pairs
+    )
+    assert f"worth {few:.1f} points with 20 labels a class and {all_:.1f} with all 5,000" in text
+    assert f"by today's, with all of them, {today:.1f}." in text
+
+
 def blocks():
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
@@ -54,6 +69,7 @@ def test_the_loop_trains_on_the_callers_own_arrays():
     images = np.linspace(0, 200, 32).astype(np.uint8).repeat(32).reshape(1, 32, 32, 1) + rng.integers(
         0, 40, (64, 32, 32, 3), dtype=np.uint8
     )
+    assert 'stem="cifar"' in code
     names: dict[str, Any] = {"images": images, "labels": np.arange(64, dtype=np.int32) % 2}
     exec(code.replace('stem="cifar"', 'stem="cifar", width=4'), names)
     turned = rotjax.train_batches(names["data"], rotjax.random_turn, 64, 1, seed=1)[0]
@@ -71,6 +87,7 @@ def test_a_whole_run_in_python_is_as_it_says(tmp_path):
     Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "photo.png")
     names: dict[str, Any] = {"rotjax": rotjax, "workdir": tmp_path / "run", "paths": [tmp_path / "photo.png"] * 3}
     _, code = blocks()
+    assert 'dataset="digits"' in code
     code = code.replace('dataset="digits"', 'dataset="digits", width=4, epochs=1, max_steps=2')
     shown = code.replace("rotjax.probabilities", "made = rotjax.probabilities").replace(
         "rotjax.features", "maps = rotjax.features"

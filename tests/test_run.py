@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -94,6 +95,14 @@ def test_a_matrix_of_too_many_classes_is_not_in_the_summary(data, tmp_path, monk
     assert summary(tmp_path / "run")["confusion"] is None
 
 
+def test_the_speed_of_a_run_counts_neither_tests_nor_the_time_of_who_iterates_over_it(data, tmp_path):
+    plan, moments, slept = rotjax.plan(rotjax.Rotation(**SMALL), data=data), [], 0.0
+    for _ in rotjax.train(plan, tmp_path, log_steps=2, progress=lambda _: moments.append(time.perf_counter())):
+        time.sleep(0.3)
+        slept += 0.3
+    assert 12 * 8 / summary(tmp_path)["images_per_second"] < time.perf_counter() - moments[0] - slept + 0.1
+
+
 def test_a_run_leaves_its_recipe_metrics_and_summary(pretrained, data):
     rows = [json.loads(line) for line in (pretrained / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6, 6, 8, 10, 12, 12]
@@ -172,7 +181,7 @@ def test_R3_a_signal_before_the_first_step_leaves_a_run_that_goes_on(pretrained,
         return init_state(*arguments)
 
     monkeypatch.setattr(rotjax.run, "init_state", interrupted)
-    with pytest.raises(Stopped, match="stopped at step 0 of 12, nothing to save yet; run it again"):
+    with pytest.raises(Stopped, match="stopped at step 0 of 12, nothing to save yet; the same command resumes"):
         carry_out(rotjax.Rotation(**SMALL), data, tmp_path / "run")
     monkeypatch.setattr(rotjax.run, "init_state", init_state)
     carry_out(rotjax.Rotation(**SMALL), data, tmp_path / "run")
@@ -192,7 +201,7 @@ def spoil(connection, workdir, step):
 
 def test_N1_what_is_not_finite_stops_the_run_and_keeps_the_last_sound_checkpoint(start, tmp_path):
     process, _ = start(tmp_path / "log", spoil, tmp_path / "run", 11)
-    process.join(timeout=120)
+    process.join(timeout=600)
     said = (tmp_path / "log").read_text().splitlines()[-1]
     assert (process.exitcode, said) == (
         5,
@@ -384,23 +393,29 @@ def test_R14_what_is_frozen_stays_as_the_pretrained_run_left_it(pretrained, data
     assert rows[-1]["test_accuracy"] == summary(tmp_path / "run")["accuracy"]
 
 
-def both(connection, folder):
-    """A pretraining of 12 steps and a transfer of 12, which go on where they stopped."""
+def both(connection, folder, point):
+    """A pretraining of 12 steps and a transfer of 12, which go on where they stopped, and wait at `point` to be killed."""
+
+    def reached(*here):
+        connection.send(here)
+        if here == point:
+            connection.recv()
+
     recipe = dict(batch_size=8, max_steps=12)
     data = noise().data
     pretext = rotjax.Rotation(stem="cifar", width=4, **recipe)
     for row in rotjax.train(rotjax.plan(pretext, data=data), folder / "pretext", log_steps=2, checkpoint_seconds=0.0):
-        connection.send(("pretext", row["step"]))
-    connection.send(("between", 0))
+        reached("pretext", row["step"])
+    reached("between", 0)
     transfer = rotjax.Classification(pretrained=str(folder / "pretext"), trainable="head", **recipe)
     for row in rotjax.train(rotjax.plan(transfer, data=data), folder / "transfer", log_steps=2, checkpoint_seconds=0.0):
-        connection.send(("transfer", row["step"]))
+        reached("transfer", row["step"])
 
 
 def test_R14_killed_before_and_in_the_transfer_it_ends_with_the_same_bits(start, tmp_path):
     for folder, points in {"killed": (("between", 0), ("transfer", 6), None), "whole": (None,)}.items():
         for point in points:
-            process, connection = start(os.devnull, both, tmp_path / folder)
+            process, connection = start(os.devnull, both, tmp_path / folder, point)
             with suppress(EOFError):
                 while connection.recv() != point:
                     pass
@@ -581,6 +596,21 @@ def test_R3_a_run_by_the_strong_preset_that_is_stopped_goes_on_to_the_same_bits(
     assert (final["test_images"], final["train_images"], final["tested_on"]) == (12, 36, "validation images")
 
 
+def test_R3_a_run_under_a_mesh_of_explicit_axes_goes_on_to_the_same_bits(pretrained, data, tmp_path):
+    """A mesh that the caller has set, as `jax.make_mesh` makes them."""
+    recipe = rotjax.Classification(pretrained=str(pretrained), batch_size=8, max_steps=8, trainable="last_block")
+    plan = rotjax.plan(recipe, data=data)
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+        list(rotjax.train(plan, tmp_path / "usual", log_steps=2))
+        rows = rotjax.train(plan, tmp_path / "run", log_steps=2, checkpoint_seconds=0)
+        assert next(row for row in rows if row["step"] == 6)
+        rows.close()
+        list(rotjax.train(plan, tmp_path / "run", log_steps=2))
+    assert 1 < summary(tmp_path / "run")["resumed_from"] < 6
+    for one, other in zip(arrays(tmp_path / "run"), arrays(tmp_path / "usual"), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_run_takes_the_step_of_its_recipe(data, tmp_path):
     """Optimizer, rate, decay, smoothing and cutout; in one step, after which rounding is all that may differ."""
     given = dict(optimizer="sgd", schedule="cosine", label_smoothing=0.3, cutout=0.5, weight_decay=0.1, max_steps=1)
@@ -659,6 +689,7 @@ def test_C7_a_workdir_of_another_recipe_is_refused(pretrained, data):
     listed = dict(mean=list(rotjax.models.CIFAR10_MEAN), std=list(rotjax.models.CIFAR10_STD))
     recipe = rotjax.plan(rotjax.Rotation(**SMALL, **listed), data=data).recipe
     assert recipe.name == rotjax.plan(rotjax.Rotation(**SMALL), data=data).recipe.name
+    assert rotjax.plan(rotjax.Classification(classes=list(data.classes), **SMALL), data=data).recipe.classes == data.classes
     assert carry_out(rotjax.Rotation(**SMALL, **listed), data, pretrained) == []
     with pytest.raises(UsageError, match=r"holds another run \(seed 1 -> 2\)"):
         carry_out(rotjax.Rotation(**(SMALL | {"seed": 2})), data, pretrained)
@@ -759,6 +790,38 @@ def test_a_workdir_may_be_below_the_home_folder(data, tmp_path, monkeypatch):
         rotjax.plan(recipe, data=data, workdir="~/runs/one")
 
 
+def test_F1_a_process_that_ends_while_its_run_is_held_ends_and_leaves_no_lock(tmp_path):
+    """A script that looks at the first row, is interrupted twice, and closes nothing."""
+    program = f"""
+import signal, time
+import numpy as np, rotjax
+part = {{"image": np.zeros((16, 8, 8, 3), np.uint8)}}
+recipe = rotjax.Rotation(stem="cifar", width=4, batch_size=8, epochs=2)
+rows = rotjax.train(rotjax.plan(recipe, data=rotjax.Dataset("grey", (), part, part)), {str(tmp_path)!r}, log_steps=1)
+print(next(rows)["step"])
+signal.raise_signal(signal.SIGINT)
+time.sleep(1.2 * rotjax.signals.ECHO)
+try:
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(9)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert (done.returncode, done.stdout) == (0, "1\ninterrupted\n") and len(done.stderr.splitlines()) == 1, done.stderr
+    assert (tmp_path / "metrics.jsonl").exists() and not (tmp_path / ".lock").exists()
+
+
+def test_F1_who_holds_a_lock_is_told(tmp_path):
+    with open(tmp_path / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        print("process 1 on moon", file=file, flush=True)
+        with pytest.raises(InUseError, match="^it is in use by process 1 on moon; wait for it$"):
+            locks.locked(tmp_path / "lock", "it").__enter__()
+
+
 def test_a_disk_without_locks_is_told_and_used(tmp_path, monkeypatch, notes):
     def flock(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
@@ -775,7 +838,7 @@ def test_a_disk_without_locks_is_told_and_used(tmp_path, monkeypatch, notes):
 
 
 def test_F2_the_log_of_a_cluster_may_lie_in_the_workdir(data, tmp_path):
-    for name in ("slurm-7.out", "run.log"):
+    for name in ("slurm-7.out", "slurm-7.err", "run.log"):
         (tmp_path / name).write_text("begun")
     assert carry_out(rotjax.Rotation(max_steps=1, **SMALL), data, tmp_path)[-1]["step"] == 1
     assert (tmp_path / "run.log").read_text() == "begun"
@@ -829,8 +892,9 @@ def as_nobody(connection, job, *arguments):
 @pytest.fixture
 def open_folder():
     """A folder that others may read, as `tmp_path` may not."""
-    if os.getuid() == 0 and not all(path.stat().st_mode & 1 for path in (Path(sys.prefix), *Path(sys.prefix).parents)):
-        pytest.skip(f"other users cannot import from {sys.prefix}")
+    needed = Path(sys.prefix), Path(tempfile.gettempdir())
+    if os.getuid() == 0 and not all(path.stat().st_mode & 1 for one in needed for path in (one, *one.parents)):
+        pytest.skip(f"other users cannot import from {sys.prefix}, or not read in {tempfile.gettempdir()}")
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         yield Path(folder)
@@ -847,7 +911,7 @@ def test_F3_a_workdir_that_cannot_be_made_is_refused_before_anything_compiles(st
     for name, code in {"file": 2, "read-only": 4, "closed": 4}.items():
         log = tmp_path / name
         process, _ = start(log, as_nobody, train_noise, open_folder / name / "run")
-        process.join(timeout=120)
+        process.join(timeout=600)
         (line,) = log.read_text().splitlines()
         assert process.exitcode == code and str(open_folder / name / "run") in line and len(line) < 300, line
 
@@ -903,7 +967,7 @@ def fill(connection, workdir):
 
 def test_C4_a_disk_that_is_full_between_saves_ends_the_run_in_a_line(start, tmp_path):
     process, _ = start(tmp_path / "log", fill, tmp_path / "run")
-    process.join(timeout=120)
+    process.join(timeout=600)
     *_, compiling, line = (tmp_path / "log").read_text().splitlines()
     assert process.exitcode == 4 and compiling == "compiling the train step"
     assert line.startswith(f"rotjax: cannot write in {tmp_path / 'run'} (File too large); fix it") and len(line) < 300

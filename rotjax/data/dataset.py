@@ -19,7 +19,8 @@ class Dataset:
     """`train` and `test` are `{'image': u8[N,H,H,3], 'label': i32[N]}`; without `classes` labels are -1, given or not.
 
     `files` are the names of the test images, where they have some. Raises DataError for missing labels, arrays of other
-    shapes or dtypes, an empty part, a label that names no class, or `files` of another number.
+    shapes or dtypes, an empty part, a label that names no class, or `files` of another number. Arrays are not copied: leave
+    them as they are.
     """
 
     name: str
