@@ -225,7 +225,7 @@ def _say_once() -> None:
             show(message, *rest, **options)
         elif line := lines[words]:
             lines[words] = ""
-            log.warning(f"{jax.config.jax_compilation_cache_dir} {line}, or every run compiles again")
+            log.warning(f"{jax.config.values['jax_compilation_cache_dir']} {line}, or every run compiles again")
 
     warnings.showwarning = shown
 
