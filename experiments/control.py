@@ -132,7 +132,8 @@ def train(run: Run, data: rotjax.Dataset, workdirs: Path) -> Iterator[dict[str, 
             if turning:
                 images, labels = _turned(images, rng, recipe)
             optimizer.zero_grad()
-            scores, target = logits(images), torch.from_numpy(labels).to(device)
+            target = torch.from_numpy(labels).to(device)  # before the network: on a GPU the copy would wait for it
+            scores = logits(images)
             loss(scores, target).backward()
             optimizer.step()
             schedule.step()

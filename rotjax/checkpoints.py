@@ -104,7 +104,7 @@ def wait(checkpoints: Checkpoints) -> None:
 
 
 def restore(directory: str | Path, step: int, state: TrainState) -> TrainState:
-    """The state saved at `step`, with the shapes and shardings of `state`."""
+    """The state saved at `step`, with the shapes and shardings of `state`; raises as `load_parts`."""
     parts = load_parts(directory, step, _parts(state))
     rest = parts.pop("optimizer")
     return TrainState(variables=joined(parts), **rest)

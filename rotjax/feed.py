@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -72,6 +72,8 @@ def choose(plan: Plan, augment: Where | None, per_dispatch: int | None, threads:
 
     A CPU makes batches as it trains, one step a dispatch: a loop of steps would be slow there, see `train_steps`.
     """
+    if augment not in (None, *get_args(Where)):
+        raise UsageError(f"augment={augment} is none of {', '.join(get_args(Where))}; give one of them")
     check(per_dispatch, threads)
     cpu, epoch = jax.default_backend() == "cpu", min(plan.epoch_steps, plan.steps)
     hosted = highest(augment is None and (cpu or not _fit(plan)))  # asked by all: one may have been told, another not

@@ -17,7 +17,8 @@ def features(model: Classifier, variables: dict, images: np.ndarray, *, batch_si
     """Spatial means of the feature maps of `images` u8 `[N,H,W,3]`: `stem`, `stage1` to `stage4`, each f32 `[N,D]`.
 
     For nearest neighbours, clustering, linear probes. Uses this process's devices only; each process returns all N. Raises
-    TypeError for pixels that are not uint8, or a model without `endpoints`, ValueError without any pixels.
+    TypeError for pixels that are not uint8, or a model without `endpoints`, ValueError without any pixels, UsageError for a
+    `batch_size` below 1.
     """
     if not hasattr(type(model), "endpoints"):
         raise TypeError(f"{type(model).__name__} has no method `endpoints`, the maps of its stages; give a Classifier")
@@ -26,7 +27,7 @@ def features(model: Classifier, variables: dict, images: np.ndarray, *, batch_si
 
 
 def probabilities(model: Classifier, variables: dict, images: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
-    """The softmax f32 `[N,C]` of the logits of `images` u8 `[N,H,W,3]`; devices and errors as with `features`.
+    """The softmax f32 `[N,C]` of the logits of `images` u8 `[N,H,W,3]` by any model; devices, errors as with `features`.
 
     Of a run from `load`, C counts the `classes` of its recipe, in their order: those of the data, or the four turns that an
     image may be in, counter-clockwise.

@@ -47,13 +47,14 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[Callable[[]
             file.seek(0)
             if died := file.read().strip():
                 log.info(f"taking {what} over from {died}, which died")
+            name = _own_name()
             try:
                 file.truncate(0)
-                print(_own_name(), file=file, flush=True)
+                print(name, file=file, flush=True)
                 yield lambda: leads_to(path, file.fileno())
             finally:
                 with suppress(OSError):
-                    if leads_to(path, file.fileno()):  # else it is another process's
+                    if leads_to(path, file.fileno()) and name == _own_name():  # else it is another's, or this is a fork
                         path.unlink()
             return
 

@@ -118,8 +118,9 @@ def share(batch_size: int, mesh: Mesh) -> slice:
 def place(batches: Iterable[dict], mesh: Mesh | None = None, *, axis: int = 0) -> Iterator[dict[str, jax.Array]]:
     """Yields `batches` as global arrays, sharded along `axis` over the devices of `mesh`, by default all devices.
 
-    With several processes, each passes only its own devices' slice, as `train_batches` yields it, not the global batch.
-    UsageError for a batch that the devices cannot share equally, or whose arrays are of several lengths or none.
+    On a CPU their arrays may be shared, not copied. With several processes, each passes only its own devices' slice, as
+    `train_batches` yields it, not the global batch. UsageError for a batch that the devices cannot share equally, or whose
+    arrays are of several lengths or none.
     """
     mesh = mesh or data_mesh()
     put = partial(jax.make_array_from_process_local_data, split(mesh, axis))

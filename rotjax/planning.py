@@ -14,7 +14,7 @@ from rotjax.data.dataset import Dataset, check_classes, check_fits
 from rotjax.errors import UsageError
 from rotjax.models import Classifier
 from rotjax.parallel import abstract, check_batch, data_mesh
-from rotjax.recipe import NETWORK, Classification, Recipe, check
+from rotjax.recipe import JOBS, NETWORK, Classification, Recipe, check
 from rotjax.state import abstract_variables
 from rotjax.transfer import joined, part
 
@@ -75,6 +75,10 @@ def plan(
     `data` replaces the data set that the recipe names. `workdir` is only checked: it must not hold another run, and
     nothing is written. All processes must call this. Raises UsageError, DataError or CheckpointError.
     """
+    if not isinstance(recipe, tuple(JOBS.values())):
+        raise UsageError(f"the recipe is of type {type(recipe).__name__}; give a Rotation or a Classification")
+    if not isinstance(data, Dataset | None):
+        raise UsageError(f"data is of type {type(data).__name__}; give a rotjax.Dataset")
     for name, said in {"dataset": sources.canonical, "pretrained": str}.items():
         if isinstance(path := getattr(recipe, name), Path):
             recipe = dataclasses.replace(recipe, **{name: said(path)})

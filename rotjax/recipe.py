@@ -31,7 +31,7 @@ RGB = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What both jobs share; a field that is left `DEFERRED` gets its value with `resolved`."""
+    """What `Rotation` and `Classification` share; a field that is left `DEFERRED` gets its value with `resolved`."""
 
     preset: presets.Preset = "report"
     """Defaults for values that are not given: report, or strong (current practice, for ~32 px images, on a GPU)."""
@@ -224,6 +224,8 @@ def check(recipe: Recipe, resolved: bool = True) -> None:
             if get_origin(hint) is Literal:
                 raise UsageError(f"{given} is none of {', '.join(get_args(hint))}; give one of them")
             raise UsageError(f"{given} is of type {type(value).__name__}; give {one}")
+    if isinstance(recipe, Rotation) and recipe.classes != ANGLES:
+        raise UsageError(f"classes={recipe.classes} are not the four turns that a rotation has; leave them out")
     if bool(recipe.mean) != bool(recipe.std):
         raise UsageError(f"mean={recipe.mean} and std={recipe.std} go together; give both or neither")
     for name, (least, most) in BOUNDS.items():

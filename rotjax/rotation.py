@@ -13,9 +13,12 @@ ANGLES = ("0°", "90°", "180°", "270°")
 
 
 def rotate(images: Array, turns: Array) -> Array:
-    """Each of `images` `[B,H,H,C]` turned by its own entry of `turns` `[B]`; ValueError unless square, or without one."""
+    """Each of `images` `[B,H,H,C]` turned by its own of `turns`, integers `[B]`, or all by one; ValueError for others."""
     xp = _namespace(images)
-    turns = xp.broadcast_to(xp.asarray(turns) % 4, images.shape[:1])
+    turns = xp.asarray(turns)
+    if not xp.isdtype(turns.dtype, "integral"):
+        raise ValueError(f"turns are {turns.dtype}; give integers, quarter turns counter-clockwise")
+    turns = xp.broadcast_to(turns % 4, images.shape[:1])
     if isinstance(images, np.ndarray):
         turned = np.empty(images.shape, images.dtype)
         for turn in range(4):
@@ -50,6 +53,8 @@ def contiguous(images: Array) -> Array:
 
 
 def _namespace(images: Array) -> ModuleType:
+    if images.ndim != 4:
+        raise ValueError(f"images are {list(images.shape)}; give [B,H,H,C]")
     if images.shape[1] != images.shape[2]:
         raise ValueError(f"only square images turn onto themselves, not {images.shape[1]}x{images.shape[2]}")
     return images.__array_namespace__()

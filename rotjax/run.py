@@ -21,7 +21,7 @@ from rotjax import checkpoints, files, optim, processes, scoring, signals, train
 from rotjax import feed as feeds
 from rotjax.data import batches, tasks
 from rotjax.data.augmentation import train_view
-from rotjax.errors import Stopped, UsageError
+from rotjax.errors import RotjaxError, Stopped, UsageError
 from rotjax.feed import Feed, Stream, Where
 from rotjax.models import Classifier
 from rotjax.parallel import abstract, data_mesh, over, place, split
@@ -48,24 +48,27 @@ def train(
 ) -> Iterator[dict]:
     """Runs `plan` in `workdir`, resuming from its newest checkpoint if any, and yields each row written to `metrics.jsonl`.
 
-    All processes must call this; one writes, and they agree on stopping and saving every `log_steps` batches. For
-    `augment`, `steps_per_dispatch` and `threads` see `feed.choose`; `progress` is told the step that a dispatch leads to, at
-    first that which the run begins with. Writes `recipe.json`, `data.json`, `checkpoints/`,
-    `metrics.jsonl` and, at the end, `summary.json`. To leave the generator early saves nothing more. Raises Stopped after
-    SIGTERM or SIGINT, once the state is saved (a second signal ends the process at once), UsageError for a value out of
-    range, a workdir of another recipe or processes that differ, DataError for a workdir of other data, InUseError where
-    another process uses it, NonFiniteError, CheckpointError, FellowError where another process of this run failed.
+    There is a row every `log_steps` steps and after each epoch, none where the run is complete, and a checkpoint once
+    `checkpoint_seconds` have passed since the last. `augment` says where batches are made, `steps_per_dispatch` how many
+    steps are one program, `threads` how many read ahead (0: the caller's); None is what suits the devices. `progress` is
+    told the step that a dispatch leads to, at first that which the run begins with. All processes must call this; one
+    writes, and they agree on stopping and saving every `log_steps` batches. Writes `recipe.json`, `data.json`,
+    `checkpoints/`, `metrics.jsonl` and, at the end, `summary.json`. To leave the generator early saves nothing more. Raises
+    Stopped after SIGTERM or SIGINT, once the state is saved (a second signal ends the process at once, or is the caller's
+    while that has a row), UsageError for a value out of range, a workdir of another recipe or processes that differ,
+    DataError for a workdir of other data, InUseError where another process uses it, NonFiniteError, CheckpointError,
+    FellowError where another process of this run failed.
     """
     began, workdir, recipe, mesh = time.perf_counter(), Path(workdir).expanduser(), plan.recipe, data_mesh()
     check_cadence(log_steps, checkpoint_seconds)
     feed = feeds.choose(plan, augment, steps_per_dispatch, threads)
     _check_alike(plan, feed, log_steps)
     with ExitStack() as stack:
-        stack.callback(atexit.unregister, atexit.register(stack.close))  # or a run that is held would hang as Python ends
         with processes.together():
             ours = workdirs.claimed(workdir, recipe, plan.data, plan.backbone)
             claim = stack.enter_context(ours) if processes.primary() else _ignore
             stopping = stack.enter_context(signals.stopping())
+            stack.callback(atexit.unregister, atexit.register(partial(_close, stack, stopping)))
             saved = stack.enter_context(checkpoints.open_checkpoints(workdir / "checkpoints", claim))
             newest = checkpoints.newest(saved.directory) if processes.primary() else None
         first = processes.of_primary(newest or 0)
@@ -103,9 +106,8 @@ def train(
                     with processes.together():
                         write(row)
                     elsewhere -= time.perf_counter()
-                    stopping.held = True
-                    yield row
-                    stopping.held = False
+                    with stopping.hold():
+                        yield row
                     elsewhere += time.perf_counter()
                 if not rows and not processes.alone():
                     continue  # processes agree only where they wait for the device anyway
@@ -139,6 +141,15 @@ def train(
             if processes.primary():
                 claim()
                 files.write_json(workdir / "summary.json", summary | _facts(plan, mesh))
+
+
+def _close(stack: ExitStack, stopping: signals.Stopping) -> None:
+    """Closes a run that is held as Python ends: later, its modules are gone, and the thread that watches signals halted."""
+    try:
+        if stopping.held:
+            stack.close()
+    except RotjaxError as error:  # of a save that was under way
+        log.warning(str(error))
 
 
 def check_cadence(log_steps: int, checkpoint_seconds: float) -> None:

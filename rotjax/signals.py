@@ -22,6 +22,14 @@ class Stopping(threading.Event):
     held = False
     first = math.inf  # when Python handled the first signal
 
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        self.held = True
+        try:
+            yield
+        finally:
+            self.held = False
+
 
 _events: list[Stopping] = []  # of the runs that are under way
 _handlers = ExitStack()  # there is one set of them in a process
@@ -76,6 +84,8 @@ def _in_main_thread() -> bool:
 def _forked() -> None:
     """Gives a forked process the handlers that its parent had before its runs."""
     _handlers.close()
+    for event in _events:
+        event.held = False  # it is the parent's run that waits
     _events.clear()
 
 
@@ -127,14 +137,14 @@ def _tell() -> None:
 
 def _watch(heard: socket.socket) -> None:
     """Reads the numbers of signals as they come: Python's handlers wait where XLA compiles, for a minute at times."""
-    again = None
+    told, again = [], second_signal()
     while number := heard.recv(1):
         if number[0] not in ENDING or not _events:
             continue
-        if again:
+        if all(event in told for event in _events):
             if not all(event.held for event in _events):  # see `_stop`
                 again(number[0])
             continue
-        again = second_signal()
+        told, again = [*_events], second_signal()
         _tell()
         log.warning("stopping as soon as what is under way is done and saved; a second signal stops at once")

@@ -31,11 +31,11 @@ def import_weights(name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Any
 def export_weights(name: str, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """torchvision's state dict of our `name`, as writable NumPy arrays of the dtypes in `variables`.
 
-    `load_state_dict(..., strict=True)` takes it: where a plain dict has no `num_batches_tracked`, which torch reads only in
-    a norm without momentum, the network keeps its own. Torch's networks take `(pixels / 255 - mean) / std`, NCHW, with the
-    `mean` and `std` of our classifier, which does that itself; they have the imagenet stem and a width of 64. To one that
-    is to take the cifar stem, give a 3x3 convolution of stride 1 as `conv1` and `Identity` as `maxpool` (DenseNet:
-    `features.conv0`, `features.pool0`). Raises UsageError as `import_weights` does.
+    `load_state_dict(..., strict=True)` takes it, each array through `torch.from_numpy`: where a plain dict has no
+    `num_batches_tracked`, which torch reads only in a norm without momentum, the network keeps its own. Torch's networks
+    take `(pixels / 255 - mean) / std`, NCHW, with the `mean` and `std` of our classifier, which does that itself; they have
+    the imagenet stem and a width of 64. To one that is to take the cifar stem, give a 3x3 convolution of stride 1 as `conv1`
+    and `Identity` as `maxpool` (DenseNet: `features.conv0`, `features.pool0`). Raises UsageError as `import_weights` does.
     """
     leaves = jax.tree.leaves_with_path(variables)
     arrays = {_key(name, path): _transposed(np.asarray(leaf), TO_TORCH) for path, leaf in leaves}

@@ -151,7 +151,8 @@ def eval_step(model: nn.Module, mesh: Mesh | None = None, *, make: Make = sent) 
         losses = cross_entropy(logits, batch["label"])
         counts = jnp.zeros((logits.shape[-1],) * 2).at[batch["label"], logits.argmax(-1)]
         confusion = counts.add(batch["weight"], wrap_negative_indices=False)
-        return {"loss": (losses * batch["weight"]).sum(), "confusion": confusion}
+        weighted = jnp.where(batch["weight"] > 0, losses * batch["weight"], 0)  # the loss of padding may be NaN
+        return {"loss": weighted.sum(), "confusion": confusion}
 
     return jax.jit(over(mesh, step), out_shardings=replicated(mesh))
 
@@ -159,7 +160,8 @@ def eval_step(model: nn.Module, mesh: Mesh | None = None, *, make: Make = sent) 
 def evaluate(step: Callable[[dict, dict], dict[str, jax.Array]], variables: dict, batches: Iterable[dict]) -> Row:
     """`loss` and `accuracy` over all images by their weights, and the `confusion` matrix i64 `[true, predicted]`, rounded.
 
-    Raises ValueError without a batch, or an image of weight whose label is one of the logits'; others make the loss NaN.
+    Raises ValueError without a batch, or an image of weight whose label is one of the logits'; others with weight make the
+    loss NaN.
     """
     add, results = partial(jax.tree.map, _add), (step(variables, batch) for batch in batches)
     if (first := next(results, None)) is None:

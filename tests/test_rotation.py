@@ -67,3 +67,13 @@ def test_all_turns_lists_the_four_views_image_by_image(xp):
 def test_images_that_are_not_square_are_refused(turn):
     with pytest.raises(ValueError, match="square images.*4x5"):
         turn(np.zeros((1, 4, 5, 3), np.uint8))
+
+
+@pytest.mark.parametrize("namespace", [np, jnp])
+def test_what_cannot_be_turned_is_refused(namespace):
+    images = namespace.zeros((2, 4, 4, 3), namespace.uint8)
+    for turns in ([0.0, 1.5], [np.nan, 1.0]):
+        with pytest.raises(ValueError, match="^turns are float.*; give integers"):
+            rotation.rotate(images, namespace.asarray(turns))
+    with pytest.raises(ValueError, match=r"^images are \[2, 4, 4\]; give \[B,H,H,C\]"):
+        rotation.rotate(images[..., 0], namespace.asarray([0, 1]))

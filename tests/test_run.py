@@ -366,6 +366,20 @@ def test_R11_another_cadence_changes_no_bit(pretrained, data, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_what_is_no_recipe_no_data_or_no_place_is_refused(data, tmp_path):
+    recipe = rotjax.Rotation(**SMALL)
+    with pytest.raises(UsageError, match="^the recipe is of type type; give a Rotation or a Classification$"):
+        rotjax.plan(rotjax.Rotation, data=data)
+    with pytest.raises(UsageError, match="^data is of type dict; give a rotjax.Dataset$"):
+        rotjax.plan(recipe, data=data.train)
+    with pytest.raises(UsageError, match=r"^classes=\('a', 'b'\) are not the four turns"):
+        rotjax.plan(dataclasses.replace(recipe, classes=("a", "b")), data=data)
+    with pytest.raises(UsageError, match="^augment=gpu is none of host, device; give one of them$"):
+        list(rotjax.train(rotjax.plan(recipe, data=data), tmp_path / "run", augment="gpu"))
+    with pytest.raises(UsageError, match="^batch_size=5000 is larger than the training set of 1,438 images"):
+        rotjax.data.load("digits", image_size=8, batch_size=5000)
+
+
 def test_a_cadence_that_is_none_is_refused_before_anything_is_written(data, tmp_path):
     plan = rotjax.plan(rotjax.Rotation(**SMALL), data=data)
     for name, value, least in (("log_steps", 0, 1), ("checkpoint_seconds", -1.0, 0), ("checkpoint_seconds", math.nan, 0)):

@@ -181,22 +181,43 @@ def test_a_signal_while_handlers_are_set_or_taken_away_is_not_lost_in_a_loop(mon
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_second_signal_while_a_run_is_held_is_for_its_caller_and_the_run_stops_once_it_goes_on(monkeypatch):
-    monkeypatch.setattr(rotjax.signals, "ECHO", 0.1)
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
-    with stopping() as event:
-        event.held = True
+@pytest.fixture
+def heard():
+    """The signals that reach whoever had their handlers before the runs."""
+    found, before = [], {kind: signal.getsignal(kind) for kind in signals.ENDING}
+    for kind in before:
+        signal.signal(kind, lambda number, _: found.append(number))
+    yield found
+    for kind, handler in before.items():
+        signal.signal(kind, handler)
+
+
+def test_a_second_signal_while_a_run_is_held_is_for_its_caller(monkeypatch, heard):
+    monkeypatch.setattr(signals, "ECHO", 0.1)
+    with stopping() as event, event.hold():
         os.kill(os.getpid(), signal.SIGINT)
-        assert event.wait(5)
+        assert event.wait(5) and heard == []
         time.sleep(0.2)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
-        assert {kind: signal.getsignal(kind) for kind in before} == before
+        os.kill(os.getpid(), signal.SIGINT)
+        assert heard == [signal.SIGINT]
         with stopping() as other:  # as in a next cell
             os.kill(os.getpid(), signal.SIGTERM)
             assert other.wait(5)
-    assert {kind: signal.getsignal(kind) for kind in before} == before
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert heard == [signal.SIGINT, signal.SIGTERM]
+
+
+def test_the_first_signal_of_a_run_is_none_that_ends_the_process_where_another_run_is_held(monkeypatch, heard):
+    monkeypatch.setattr(signals, "ECHO", 0.1)
+    with stopping() as event, event.hold():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert event.wait(5)
+        time.sleep(0.2)
+        with stopping() as other:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert other.wait(5)
+            time.sleep(0.2)
+    assert heard == []
 
 
 def test_a_handler_of_a_run_that_is_put_back_after_it_ends_the_process():

@@ -29,8 +29,9 @@ def train_batches(
 ) -> Batches:
     """A Grain dataset of `steps` training batches: the `train_view` of each of `train_picks`.
 
-    Rotations need no labels. Raises TypeError as `check_arrays` does and where labels are missing, UsageError where some are
-    negative, to classify by; see `train_picks`.
+    `flip` mirrors half of the images; `cutout` is the side of a grey square in each, as a share of the image's. Rotations
+    need no labels. Raises TypeError as `check_arrays` does and where labels are missing, UsageError where some are negative,
+    to classify by; see `train_picks`.
     """
     data = _checked(data, task)
     picks = train_picks(len(data["image"]), batch_size, steps, seed=seed, share=share)
@@ -62,7 +63,8 @@ def eval_batches(
 ) -> Batches:
     """A Grain dataset of evaluation batches: every image once, in order, unaugmented; the last is padded with weight 0.
 
-    Rotations need no labels. Raises TypeError and UsageError as `train_batches`.
+    `seed` and `epoch` decide random turns alone. Rotations need no labels. Raises TypeError and UsageError as
+    `train_batches`, but a batch may be larger than the data.
     """
     data = _checked(data, task)
     picks = eval_picks(len(data["image"]), batch_size, seed=seed, epoch=epoch, share=share)
@@ -113,7 +115,8 @@ def _checked(data: Arrays, task: tasks.Task) -> Arrays:
 
 
 def read(batches: Batches, *, start: int = 0, threads: int = 0, ahead: int = 2) -> grain.DatasetIterator[Arrays]:
-    """An iterator from batch `start`, to be closed; `threads` prefetch `ahead` batches (0: none, best on a CPU)."""
+    """An iterator from batch `start`, to be closed; `threads` prefetch `ahead` batches, at least one each (0: none, best on
+    a CPU)."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads) if threads else 0)
     return iter(batches[start:].to_iter_dataset(options))
 

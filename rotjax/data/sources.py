@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from rotjax.data import photographs
-from rotjax.data.dataset import Dataset, held_out
+from rotjax.data.dataset import Dataset, check_fits, held_out
 from rotjax.data.decoded import IN_MEMORY
 from rotjax.data.folders import shown
 from rotjax.data.pixels import square
@@ -55,7 +55,7 @@ def load(
     if is_path(name):
         return _photographs(name, image_size, progress, batch_size, labelled)
     if name == "digits":
-        return _digits(image_size)
+        return _digits(image_size, batch_size)
     from rotjax.data import prepared
 
     return prepared.load(name, image_size, data_dir, progress, batch_size, labelled)
@@ -107,13 +107,14 @@ def _photographs(name: str, size: int, progress: Callable, batch_size: int, labe
     return photographs.load(Path(os.path.expanduser(name)), size, progress, batch_size, labelled)
 
 
-def _digits(size: int) -> Dataset:
+def _digits(size: int, batch_size: int) -> Dataset:
     """scikit-learn's 1,797 handwritten digits, 8x8, magnified; every fifth is a test image."""
     from sklearn.datasets import load_digits
 
     bunch: Any = load_digits()
+    test = np.arange(len(bunch.images)) % 5 == 4
+    check_fits(batch_size, (~test).sum())
     images = np.stack([square(Image.fromarray((i * 15.9375).astype(np.uint8)), size) for i in bunch.images])
     data = {"image": images, "label": bunch.target.astype(np.int32)}
-    test = np.arange(len(images)) % 5 == 4
     train, test = ({key: value[rows] for key, value in data.items()} for rows in (~test, test))
     return Dataset("digits", tuple(str(name) for name in bunch.target_names), train, test)

@@ -32,7 +32,7 @@ def create(
     width: int = 64,
     dtype=jnp.float32,
 ) -> Classifier:
-    """The classifier `name` of `BACKBONES`; `width` is the stem's, 64 in the published networks.
+    """The classifier `name` of `BACKBONES`; `width` is the stem's, 64 as published; for the rest see `Classifier`.
 
     Its derivatives are reverse-mode: for the product of a Hessian and a vector, the gradient of a gradient.
     Raises UsageError for a name, a stem or a prefix in `held` that does not exist.
