@@ -836,6 +836,23 @@ def test_F1_who_holds_a_lock_is_told(tmp_path):
             locks.locked(tmp_path / "lock", "it").__enter__()
 
 
+def test_F1_a_fork_that_ends_leaves_the_lock_of_its_parent(tmp_path):
+    program = f"""
+import os, sys
+from pathlib import Path
+from rotjax.locks import locked
+path = Path({str(tmp_path / "lock")!r})
+with locked(path, "it"):
+    if not os.fork():
+        sys.exit()
+    os.wait()
+    assert path.exists()
+assert not path.exists()
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], env=environment, check=True, timeout=600)
+
+
 def test_a_disk_without_locks_is_told_and_used(tmp_path, monkeypatch, notes):
     def flock(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")

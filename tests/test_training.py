@@ -250,6 +250,9 @@ def test_evaluation_counts_every_image_once_whatever_the_batch_size(images):
     unknown = np.where(np.arange(48) < 5, -1, images["label"])
     partly = training.evaluate(step, variables, [images | {"label": unknown, "weight": np.ones(48, np.float32)}])
     assert np.isnan(partly["loss"]) and partly["confusion"].sum() == 43
+    padding = {"image": images["image"][:5], "label": np.full(5, -1), "weight": np.zeros(5, np.float32)}
+    padded = jax.tree.map(lambda *parts: np.concatenate(parts), images | {"weight": np.ones(48, np.float32)}, padding)
+    assert training.evaluate(step, variables, [padded])["loss"] == pytest.approx(loss, rel=1e-5)
     with pytest.raises(UsageError, match="there are labels below 0, of images without a class"):
         rotjax.eval_batches(images | {"label": images["label"] - 1}, tasks.classify, 8)
 
