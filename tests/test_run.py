@@ -809,6 +809,7 @@ def test_F1_a_process_that_ends_while_its_run_is_held_ends_and_leaves_no_lock(tm
     program = f"""
 import signal, time
 import numpy as np, rotjax
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
 part = {{"image": np.zeros((16, 8, 8, 3), np.uint8)}}
 recipe = rotjax.Rotation(stem="cifar", width=4, batch_size=8, epochs=2)
 rows = rotjax.train(rotjax.plan(recipe, data=rotjax.Dataset("grey", (), part, part)), {str(tmp_path)!r}, log_steps=1)
