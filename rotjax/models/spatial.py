@@ -113,6 +113,8 @@ def _same_backward(saved, cotangent):
     height, width, channels, features = kernel.shape
     turned, pixels = kernel[::-1, ::-1].swapaxes(2, 3), ((0, 1, 2), (0, 1, 2))
     if _is_product(images, kernel) or features < channels:
+        if features < channels and (height, width) != (1, 1):
+            cotangent = _once(cotangent)
         patches = _patches(cotangent, (height, width))
         products = jnp.tensordot(images, patches, pixels).reshape(channels, height, width, features)
         return patches @ turned.reshape(-1, channels), products.transpose(1, 2, 0, 3)[::-1, ::-1]
@@ -122,6 +124,14 @@ def _same_backward(saved, cotangent):
 
 
 _same.defvjp(_same_forward, _same_backward)
+
+
+def _once(maps):
+    """`maps`, as a product with the identity, which XLA fuses with nothing; a barrier it drops on CPUs.
+
+    It would compute them again in each window: in a dense block from the gradients of all later layers, half the program.
+    """
+    return maps @ jnp.eye(maps.shape[-1], dtype=maps.dtype)
 
 
 def _patches(images, window, strides=(1, 1)):
