@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 
 from rotjax.models import spatial
+from rotjax.models.normalization import BatchNorm
 
 
 def agree(ours, theirs, *arrays):
@@ -68,18 +69,22 @@ def test_max_pool_of_what_is_no_number_is_none():
     np.testing.assert_array_equal(spatial.max_pool(images)[0, :, :, 0], jnp.nan)
 
 
-def test_batch_statistics_in_one_pass_are_those_in_two(monkeypatch):
-    """Of maps whose mean is three times their deviation."""
-    images = np.random.default_rng(0).normal(3, 1, (8, 5, 5, 6)).astype(np.float32)
-    in_two = spatial.batch_norm(train=True)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    in_one = spatial.batch_norm(train=True)
-    assert in_one.use_fast_variance and not in_two.use_fast_variance
-    variables = in_two.init(jax.random.key(0), images)
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_batch_norm(backend, train, monkeypatch):
+    """Of maps whose mean is three times their deviation; the statistics that are stored, too."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    rng = np.random.default_rng(0)
+    images = rng.normal(3, 1, (8, 5, 5, 6)).astype(np.float32)
+    scale, bias, mean, variance = (rng.uniform(0.5, 2, 6).astype(np.float32) for _ in range(4))
+    ours, theirs = BatchNorm(train), nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False)
 
-    def normed(norm):
-        return lambda images: norm.apply(variables, images, mutable=["batch_stats"])
+    def applied(norm, images, scale, bias):
+        variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": {"mean": mean, "var": variance}}
+        return norm.apply(variables, images, mutable=["batch_stats"])
 
-    agree(lambda x: normed(in_one)(x)[0], lambda x: normed(in_two)(x)[0], images)
-    for one, other in zip(*(jax.tree.leaves(normed(norm)(images)[1]) for norm in (in_one, in_two)), strict=True):
+    agree(lambda *given: applied(ours, *given)[0], lambda *given: applied(theirs, *given)[0], images, scale, bias)
+    for one, other in zip(*(jax.tree.leaves(applied(norm, images, scale, bias)[1]) for norm in (ours, theirs)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
+    start = [jax.tree.map(np.asarray, norm.init(jax.random.key(0), images)) for norm in (ours, theirs)]
+    jax.tree.map(np.testing.assert_array_equal, *start)

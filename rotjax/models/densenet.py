@@ -6,7 +6,8 @@ from functools import partial
 import flax.linen as nn
 import jax.numpy as jnp
 
-from rotjax.models.spatial import Stem, batch_norm, conv
+from rotjax.models.normalization import BatchNorm
+from rotjax.models.spatial import Stem, conv
 
 he_normal_fan_in = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
@@ -20,7 +21,7 @@ class DenseLayer(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         convolve = partial(conv, kernel_init=he_normal_fan_in, dtype=self.dtype)
-        normalise = partial(batch_norm, train, dtype=self.dtype)
+        normalise = partial(BatchNorm, train, dtype=self.dtype)
         y = nn.relu(normalise(name="norm1")(x))
         y = convolve(4 * self.growth, 1, name="conv1")(y)
         y = nn.relu(normalise(name="norm2")(y))
@@ -35,7 +36,7 @@ class Transition(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        y = nn.relu(batch_norm(train, dtype=self.dtype, name="norm")(x))
+        y = nn.relu(BatchNorm(train, dtype=self.dtype, name="norm")(x))
         y = conv(x.shape[-1] // 2, 1, kernel_init=he_normal_fan_in, dtype=self.dtype, name="conv")(y)
         return nn.avg_pool(y, (2, 2), (2, 2))
 
@@ -56,7 +57,7 @@ class Stage(nn.Module):
         for index in range(self.layers):
             x = DenseLayer(self.growth, self.dtype, name=f"layer{index + 1}")(x, train)
         if self.last:
-            x = nn.relu(batch_norm(train, dtype=self.dtype, name="norm")(x))
+            x = nn.relu(BatchNorm(train, dtype=self.dtype, name="norm")(x))
         return x
 
 

@@ -6,7 +6,8 @@ from functools import partial
 import flax.linen as nn
 import jax.numpy as jnp
 
-from rotjax.models.spatial import Stem, batch_norm, conv
+from rotjax.models.normalization import BatchNorm
+from rotjax.models.spatial import Stem, conv
 
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -22,7 +23,7 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         convolve = partial(conv, kernel_init=he_normal_fan_out, dtype=self.dtype)
-        normalise = partial(batch_norm, train, dtype=self.dtype)
+        normalise = partial(BatchNorm, train, dtype=self.dtype)
         y = convolve(self.features, 3, self.stride, name="conv1")(x)
         y = nn.relu(normalise(name="norm1")(y))
         y = convolve(self.features, 3, name="conv2")(y)
@@ -41,7 +42,7 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         convolve = partial(conv, kernel_init=he_normal_fan_out, dtype=self.dtype)
-        normalise = partial(batch_norm, train, dtype=self.dtype)
+        normalise = partial(BatchNorm, train, dtype=self.dtype)
         y = convolve(self.features, 1, name="conv1")(x)
         y = nn.relu(normalise(name="norm1")(y))
         y = convolve(self.features, 3, self.stride, name="conv2")(y)

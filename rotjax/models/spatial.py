@@ -1,4 +1,4 @@
-"""How convolutions, max-pooling and batch statistics are computed on this platform; no backbone knows.
+"""How convolutions and max-pooling are computed on this platform; no backbone knows.
 
 XLA computes them well on accelerators, but on a GPU maps of 2x2 and smaller: ResNet18's step at 32 px is a quarter shorter
 where they come out of products of matrices. On CPUs its convolution collapses where the output map is so small (256 to 256
@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from rotjax.models.normalization import BatchNorm
 
 SMALL = {"cpu": 2, "gpu": 2}  # pixels of a side up to which maps come out of products of matrices; on others: none
 
@@ -212,17 +214,6 @@ def conv(features: int, size: int, stride: int = 1, **options) -> nn.Conv:
     )
 
 
-def batch_norm(train: bool, **options) -> nn.BatchNorm:
-    """torch's batch normalisation, but for the biased variance that Flax stores (torch's is n/(n-1) times it).
-
-    Mean and variance are taken in one pass, but on CPUs, which are a tenth faster in two: a GPU's step starts fewer kernels,
-    and several devices exchange their sums once. One pass loses digits of a variance below the mean's square: all of them
-    where the mean is thousands of deviations.
-    """
-    fast = jax.default_backend() != "cpu"
-    return nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, use_fast_variance=fast, **options)
-
-
 class Stem(nn.Module):
     """`'imagenet'`: 7x7 stride 2 and a 3x3 stride 2 maximum, `[B,H,W,3]` to `[B,H/4,W/4,width]`; `'cifar'`: 3x3, no pool."""
 
@@ -235,5 +226,5 @@ class Stem(nn.Module):
     def __call__(self, x, train):
         size, stride = {"imagenet": (7, 2), "cifar": (3, 1)}[self.kind]
         x = conv(self.width, size, stride, kernel_init=self.kernel_init, dtype=self.dtype, name="conv")(x)
-        x = nn.relu(batch_norm(train, dtype=self.dtype, name="norm")(x))
+        x = nn.relu(BatchNorm(train, dtype=self.dtype, name="norm")(x))
         return max_pool(x) if self.kind == "imagenet" else x
