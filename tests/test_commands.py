@@ -216,6 +216,20 @@ def test_F5_a_folder_of_programs_that_others_can_write_is_not_used(monkeypatch, 
     assert jax.config.jax_compilation_cache_dir is None
 
 
+@pytest.mark.parametrize(("asked", "kept"), [(None, 0.1), ("0", 0.0)])
+def test_programs_of_a_tenth_of_a_second_are_kept_unless_the_user_says_otherwise(monkeypatch, cache, asked, kept):
+    least = "jax_persistent_cache_min_compile_time_secs"
+    monkeypatch.delenv(least.upper())
+    if asked:
+        monkeypatch.setenv(least.upper(), asked)
+    before = jax.config.values[least]
+    try:
+        command.cache_compilations()
+        assert jax.config.values[least] == kept
+    finally:
+        jax.config.update(least, before)
+
+
 def damaged(connection, folder):
     """Compiles, damages what is cached of it, compiles again, as several runs of one process: sends both results."""
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
