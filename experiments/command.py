@@ -207,8 +207,8 @@ def cache_compilations() -> None:
         jax.config.update("jax_compilation_cache_dir", None)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    if (least := "jax_persistent_cache_min_compile_time_secs").upper() not in os.environ:
-        jax.config.update(least, 0.1)  # by default 1 second, which leaves out most programs of a small network
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # 1, which leaves out most of a small network's
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     _say_once()
 
 

@@ -4,11 +4,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 
 from rotjax.models import spatial
-from rotjax.models.normalization import BatchNorm
+from rotjax.models.batch_norm import BatchNorm
 
 
 def agree(ours, theirs, *arrays):
@@ -69,22 +70,69 @@ def test_max_pool_of_what_is_no_number_is_none():
     np.testing.assert_array_equal(spatial.max_pool(images)[0, :, :, 0], jnp.nan)
 
 
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_batch_norm(backend, train, monkeypatch):
-    """Of maps whose mean is three times their deviation; the statistics that are stored, too."""
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+@pytest.fixture(params=["cpu", "gpu"])
+def norms(request, monkeypatch):
+    """`(train, dtype=f32) -> ours, Flax's`, each `(images, scale, bias) -> maps, statistics`, as on this platform; and these
+    arrays: maps whose mean is three times their deviation."""
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
     rng = np.random.default_rng(0)
     images = rng.normal(3, 1, (8, 5, 5, 6)).astype(np.float32)
     scale, bias, mean, variance = (rng.uniform(0.5, 2, 6).astype(np.float32) for _ in range(4))
-    ours, theirs = BatchNorm(train), nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False)
 
-    def applied(norm, images, scale, bias):
-        variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": {"mean": mean, "var": variance}}
-        return norm.apply(variables, images, mutable=["batch_stats"])
+    def applied(norm):
+        def apply(images, scale, bias):
+            variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": {"mean": mean, "var": variance}}
+            return norm.apply(variables, images, mutable=["batch_stats"])
 
-    agree(lambda *given: applied(ours, *given)[0], lambda *given: applied(theirs, *given)[0], images, scale, bias)
-    for one, other in zip(*(jax.tree.leaves(applied(norm, images, scale, bias)[1]) for norm in (ours, theirs)), strict=True):
+        return apply
+
+    def both(train, dtype=jnp.float32):
+        theirs = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False, dtype=dtype)
+        return applied(BatchNorm(train, dtype)), applied(theirs)
+
+    return both, images, scale, bias
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_norm(norms, train):
+    both, *arrays = norms
+    ours, theirs = both(train)
+    agree(lambda *given: ours(*given)[0], lambda *given: theirs(*given)[0], *arrays)
+    for one, other in zip(*(jax.tree.leaves(norm(*arrays)[1]) for norm in (ours, theirs)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
-    start = [jax.tree.map(np.asarray, norm.init(jax.random.key(0), images)) for norm in (ours, theirs)]
-    jax.tree.map(np.testing.assert_array_equal, *start)
+
+
+def test_batch_norm_twice_differentiated(norms):
+    """The moments are functions of the maps in the gradient, too."""
+    both, *arrays = norms
+
+    def second(norm):
+        def steepness(*given):
+            slope = jax.grad(lambda *given: jnp.sin(norm(*given)[0]).sum(), argnums=(0, 1, 2))(*given)
+            return optax.tree.norm(slope, squared=True)
+
+        return jax.jit(jax.grad(steepness, argnums=(0, 1, 2)))
+
+    for one, other in zip(*(second(norm)(*arrays) for norm in both(True)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(other).max())
+
+
+def test_batch_norm_in_bfloat16_and_its_dtypes(norms):
+    both, images, scale, bias = norms
+    found, wanted = (
+        jax.vjp(lambda *given, norm=norm: norm(*given)[0], images.astype(jnp.bfloat16), scale, bias)
+        for norm in both(True, jnp.bfloat16)
+    )
+    cotangent = np.random.default_rng(1).normal(size=images.shape).astype(jnp.bfloat16)
+    for one, other in zip([found[0], *found[1](cotangent)], [wanted[0], *wanted[1](cotangent)], strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(np.float32(one), np.float32(other), atol=0.01 * np.abs(np.float32(other)).max())
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_batch_norm_begins_as_flax_does(x64):
+    with jax.enable_x64(x64):
+        ours, theirs = (
+            norm.init(jax.random.key(0), np.zeros((1, 2, 2, 6))) for norm in (BatchNorm(True), nn.BatchNorm(False))
+        )
+    jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other, strict=True), ours, theirs)

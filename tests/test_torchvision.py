@@ -135,7 +135,7 @@ def test_training_step(torch, build, name, size, batch):
     logits = network(x)
     torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
     after = state_of(network) | {key: parameter.grad.numpy() for key, parameter in network.named_parameters()}
-    for norm, n in elements.items():  # torch moves towards the variance times n / (n - 1), Flax towards the variance
+    for norm, n in elements.items():  # torch moves towards the variance times n / (n - 1), ours towards the variance
         key = f"{norm}.running_var"
         after[key] = 0.9 * before[key] + (after[key] - 0.9 * before[key]) * (n - 1) / n
 

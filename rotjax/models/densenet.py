@@ -6,7 +6,7 @@ from functools import partial
 import flax.linen as nn
 import jax.numpy as jnp
 
-from rotjax.models.normalization import BatchNorm
+from rotjax.models.batch_norm import BatchNorm
 from rotjax.models.spatial import Stem, conv
 
 he_normal_fan_in = nn.initializers.variance_scaling(2.0, "fan_in", "normal")

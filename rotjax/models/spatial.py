@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rotjax.models.normalization import BatchNorm
+from rotjax.models.batch_norm import BatchNorm
 
 SMALL = {"cpu": 2, "gpu": 2}  # pixels of a side up to which maps come out of products of matrices; on others: none
 
@@ -115,7 +115,7 @@ def _same_backward(saved, cotangent):
     height, width, channels, features = kernel.shape
     turned, pixels = kernel[::-1, ::-1].swapaxes(2, 3), ((0, 1, 2), (0, 1, 2))
     if _is_product(images, kernel) or features < channels:
-        if features < channels and (height, width) != (1, 1):
+        if features < channels and (height, width) != (1, 1):  # of as many maps the product would cost what it saves
             cotangent = _once(cotangent)
         patches = _patches(cotangent, (height, width))
         products = jnp.tensordot(images, patches, pixels).reshape(channels, height, width, features)
@@ -129,11 +129,12 @@ _same.defvjp(_same_forward, _same_backward)
 
 
 def _once(maps):
-    """`maps`, as a product with the identity, which XLA fuses with nothing; a barrier it drops on CPUs.
+    """`maps`, on CPUs as a product with the identity, so that they are computed once.
 
-    It would compute them again in each window: in a dense block from the gradients of all later layers, half the program.
+    XLA fuses what they are computed from into each of the windows that read them: in a dense block the gradients of all
+    later layers, half the program. Into a product it fuses nothing; a barrier it removes on CPUs before it fuses.
     """
-    return maps @ jnp.eye(maps.shape[-1], dtype=maps.dtype)
+    return maps @ jnp.eye(maps.shape[-1], dtype=maps.dtype) if jax.default_backend() == "cpu" else maps
 
 
 def _patches(images, window, strides=(1, 1)):
