@@ -70,6 +70,17 @@ def test_max_pool_of_what_is_no_number_is_none():
     np.testing.assert_array_equal(spatial.max_pool(images)[0, :, :, 0], jnp.nan)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_relu(platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    maps = np.array([-np.inf, -1, 0, 1e-30, 2, np.inf, np.nan], np.float32)
+    for given in (maps, maps.astype(jnp.bfloat16)):
+        (ours, back), (theirs, other) = (jax.vjp(function, given) for function in (spatial.relu, nn.relu))
+        for one, wanted in ((ours, theirs), (back(given)[0], other(given)[0])):
+            assert one.dtype == wanted.dtype
+            np.testing.assert_array_equal(np.float32(one), np.float32(wanted))
+
+
 @pytest.fixture(params=["cpu", "gpu"])
 def norms(request, monkeypatch):
     """`(train, dtype=f32) -> ours, Flax's`, each `(images, scale, bias) -> maps, statistics`, as on this platform; and these

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from rotjax.models.batch_norm import BatchNorm
-from rotjax.models.spatial import Stem, conv
+from rotjax.models.spatial import Stem, conv, relu
 
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -25,10 +25,10 @@ class BasicBlock(nn.Module):
         convolve = partial(conv, kernel_init=he_normal_fan_out, dtype=self.dtype)
         normalise = partial(BatchNorm, train, dtype=self.dtype)
         y = convolve(self.features, 3, self.stride, name="conv1")(x)
-        y = nn.relu(normalise(name="norm1")(y))
+        y = relu(normalise(name="norm1")(y))
         y = convolve(self.features, 3, name="conv2")(y)
         y = normalise(name="norm2")(y)
-        return nn.relu(y + shortcut(x, y, self.stride, convolve, normalise))
+        return relu(y + shortcut(x, y, self.stride, convolve, normalise))
 
 
 class Bottleneck(nn.Module):
@@ -44,12 +44,12 @@ class Bottleneck(nn.Module):
         convolve = partial(conv, kernel_init=he_normal_fan_out, dtype=self.dtype)
         normalise = partial(BatchNorm, train, dtype=self.dtype)
         y = convolve(self.features, 1, name="conv1")(x)
-        y = nn.relu(normalise(name="norm1")(y))
+        y = relu(normalise(name="norm1")(y))
         y = convolve(self.features, 3, self.stride, name="conv2")(y)
-        y = nn.relu(normalise(name="norm2")(y))
+        y = relu(normalise(name="norm2")(y))
         y = convolve(self.features * self.expansion, 1, name="conv3")(y)
         y = normalise(name="norm3")(y)
-        return nn.relu(y + shortcut(x, y, self.stride, convolve, normalise))
+        return relu(y + shortcut(x, y, self.stride, convolve, normalise))
 
 
 def shortcut(x, y, stride, convolve, normalise):

@@ -208,6 +208,32 @@ def _max_pool_backward(saved, cotangent):
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
+def relu(maps: jax.Array) -> jax.Array:
+    """`max(maps, 0)`; on a GPU its derivative is reverse-mode, and reads what came out, as the next convolution does.
+
+    XLA would compute that again from what went into the batch norm before, in a kernel of its own. Where nothing else stores
+    it, as in dense blocks, it would be more to move: those take `nn.relu`.
+    """
+    return _stored_relu(maps) if jax.default_backend() == "gpu" else nn.relu(maps)
+
+
+@jax.custom_vjp
+def _stored_relu(maps):
+    return nn.relu(maps)
+
+
+def _relu_forward(maps):
+    out = lax.optimization_barrier(nn.relu(maps))
+    return out, out
+
+
+def _relu_backward(out, cotangent):
+    return (jnp.where(out > 0, cotangent, 0),)
+
+
+_stored_relu.defvjp(_relu_forward, _relu_backward)
+
+
 def conv(features: int, size: int, stride: int = 1, **options) -> nn.Conv:
     """A square convolution without bias, padded by `size // 2` on every side as in torch (`SAME` differs at stride 2)."""
     return nn.Conv(
@@ -227,5 +253,5 @@ class Stem(nn.Module):
     def __call__(self, x, train):
         size, stride = {"imagenet": (7, 2), "cifar": (3, 1)}[self.kind]
         x = conv(self.width, size, stride, kernel_init=self.kernel_init, dtype=self.dtype, name="conv")(x)
-        x = nn.relu(BatchNorm(train, dtype=self.dtype, name="norm")(x))
+        x = relu(BatchNorm(train, dtype=self.dtype, name="norm")(x))
         return max_pool(x) if self.kind == "imagenet" else x
