@@ -49,7 +49,8 @@ def train_step(
 
     `batch` is `{'image': u8[B,H,W,3], 'label': i32[B]}`, with labels from 0 on, below the number of logits (the loss of
     others is NaN); `metrics` are the `loss` and `accuracy` of this batch. A `model` is called with `train`, which by
-    default is False; one that has dropout draws it anew in each step, from the step's number. `mesh` is that of
+    default is False; dropout, or what else it draws, is drawn anew in each step, from the step's number, and collections
+    beside `params` become what it makes of them. An `optimizer` may ask for the `value` of the loss. `mesh` is that of
     `init_state` and `place`, by default all devices. Under one of several devices batch statistics are the whole batch's,
     and each device computes its share; UsageError for a batch that they cannot share equally. One process may leave a batch
     unplaced; with several, pass what `place` yields: an array that nobody placed would be taken for the whole batch, alike
@@ -93,21 +94,23 @@ def train_steps(
 
 def _step(model: nn.Module, optimizer: optax.GradientTransformation, loss: Loss, mesh: Mesh) -> Step:
     apply: Callable[..., Any] = model.apply
+    update = optax.with_extra_args_support(optimizer).update
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
         batch = shared(batch, mesh, equally=True)
-        drawn = {"dropout": jax.random.fold_in(jax.random.key(0), state.step)}
+        key, moving = jax.random.fold_in(jax.random.key(0), state.step), [*state.variables.keys() - {"params"}]
+        drawn = {"dropout": key, "params": key}  # Flax takes the latter's for all other names
 
         def objective(params):
             variables = state.variables | {"params": params}
-            logits, updated = apply(variables, batch["image"], train=True, mutable=["batch_stats"], rngs=drawn)
+            logits, updated = apply(variables, batch["image"], train=True, mutable=moving, rngs=drawn)
             losses = loss(logits, batch["label"])
             losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))  # of 16 bits the sum would overflow
             return losses.mean(), (updated, (logits.argmax(-1) == batch["label"]).sum(dtype=jnp.int32))
 
         params = state.variables["params"]
         (value, (updated, correct)), gradients = jax.value_and_grad(objective, has_aux=True)(params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, params)
+        updates, opt_state = update(gradients, state.opt_state, params, value=value, grad=gradients)
         variables = state.variables | updated | {"params": optax.apply_updates(params, updates)}
         count = len(batch["label"])
         sums = state.sums | {
@@ -199,8 +202,10 @@ def fit(
     that batch's metrics, and one at the end of each epoch (every `epoch_steps` steps, and at `steps`), see `epoch_row`. Of
     the calls only the last may be under way still. A yielded state is donated when the next is requested. Raises
     NonFiniteError at the first row after a loss or variables that are not finite, ValueError for stacked batches that
-    straddle epochs or go beyond `steps`, and for batches that end before.
+    straddle epochs or go beyond `steps`, for batches that end before, and numbers below 1.
     """
+    if log_steps < 1 or epoch_steps < 1:
+        raise ValueError(f"log_steps={log_steps} and epoch_steps={epoch_steps} have to be at least 1")
     number, batches = start, iter(batches)
     batch, metrics = next(batches, None) if number < steps else None, {}
     while batch is not None:

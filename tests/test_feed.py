@@ -131,6 +131,15 @@ def test_any_network_takes_several_steps_a_dispatch(elsewhere, name, dtype):
     assert {name: x.shape for name, x in metrics.items()} == {"loss": (3,), "accuracy": (3,)}
 
 
+def test_statistics_keep_their_dtype_whatever_the_network_s():
+    with jax.enable_x64(True):
+        model, optimizer = rotjax.create("resnet18", 4, "cifar", width=2, dtype=jax.numpy.float64), optim.sgd(0.1)
+        state = jax.eval_shape(lambda: init_state(optimizer, rotjax.init_variables(model, 0, 8)))
+        given = {"image": jax.ShapeDtypeStruct((2, 8, 8, 8, 3), "uint8"), "label": jax.ShapeDtypeStruct((2, 8), "int32")}
+        after, _ = jax.eval_shape(training.train_steps(model, optimizer), state, given)
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+
+
 def test_N1_rows_before_the_step_that_is_not_finite_are_kept():
     """Of the same dispatch too."""
 

@@ -151,6 +151,8 @@ def test_last_block_is_stage_four_and_the_head(name):
 
 
 def test_a_prefix_that_names_nothing_is_refused():
+    with pytest.raises(UsageError, match=r"^held='backbone' is one string; give a tuple of them, \('backbone',\)$"):
+        small(held="backbone")
     with pytest.raises(UsageError, match=r"^frozen='backbone' is one string; give a tuple of them, \('backbone',\)$"):
         optim.labels({"backbone": {}}, "backbone")
     with pytest.raises(UsageError, match="no parameters under backbone/stage7"):
@@ -298,6 +300,39 @@ def test_dropout_of_a_model_of_the_user_s_is_drawn_anew_in_each_step_alike_in_on
     np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
 
 
+class Noisy(nn.Module):
+    """A model with a random stream and a collection of its own."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        calls = self.variable("calls", "count", jnp.zeros, (), jnp.int32)
+        x = images.mean((1, 2)) / 255
+        if train:
+            calls.value += 1
+            x = x + jax.random.normal(self.make_rng("noise"), x.shape)
+        return nn.Dense(4)(x)
+
+
+def test_a_model_of_the_user_s_draws_and_keeps_what_it_likes():
+    model, optimizer = Noisy(), rotjax.sgd(0.0)
+    state = init_state(optimizer, init_variables(model, 0, 8))
+    begun = int(state.variables["calls"]["count"])
+    state, metrics = training.train_steps(model, optimizer)(state, jax.tree.map(lambda x: np.stack([x] * 3), batch()))
+    assert len(set(metrics["loss"].tolist())) == 3
+    assert int(state.variables["calls"]["count"]) == begun + 3
+
+
+@pytest.mark.parametrize("rule", [optax.polyak_sgd(), optax.chain(optax.sgd(1e-2), optax.contrib.reduce_on_plateau())])
+def test_an_optimizer_may_ask_for_the_loss(rule):
+    model = small()
+    state = init_state(rule, init_variables(model, 0, 8))
+    step, losses = training.train_step(model, rule), []
+    for _ in range(5):
+        state, metrics = step(state, batch())
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+
+
 def test_rows_come_at_log_steps_and_ends_of_epochs():
     model, optimizer = small(), rotjax.adamw(1e-3)
     state = init_state(optimizer, init_variables(model, 0, 8))
@@ -323,6 +358,12 @@ def test_training_goes_on_from_a_state_of_numpys_arrays():
         return last.variables, rows
 
     jax.tree.map(np.testing.assert_array_equal, trained(jax.device_get(state)), trained(state))
+
+
+def test_a_cadence_of_no_steps_is_refused():
+    for odd in ({"epoch_steps": 0}, {"epoch_steps": 1, "log_steps": 0}):
+        with pytest.raises(ValueError, match="have to be at least 1"):
+            next(iter(rotjax.fit(lambda *_: None, None, [], steps=1, **odd)))
 
 
 def test_batches_that_end_before_the_last_step_are_an_error():

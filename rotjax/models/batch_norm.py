@@ -34,8 +34,8 @@ class BatchNorm(nn.Module):
         y, *moments = _normalised_by_batch(x, scale, bias)
         if not self.is_initializing():
             batch_mean, batch_variance = lax.stop_gradient(moments)
-            mean.value = (1 - _MOMENTUM) * mean.value + _MOMENTUM * batch_mean
-            variance.value = (1 - _MOMENTUM) * variance.value + _MOMENTUM * batch_variance
+            for running, batch in ((mean, batch_mean), (variance, batch_variance)):
+                running.value = ((1 - _MOMENTUM) * running.value + _MOMENTUM * batch).astype(running.value.dtype)
         return y.astype(self.dtype)
 
 

@@ -61,6 +61,8 @@ def symmetric_uniform(limit: float) -> nn.initializers.Initializer:
 
 def held_endpoints(held: tuple[str, ...]) -> tuple[str, ...]:
     """The endpoints under the path prefixes `held`; UsageError for a prefix of anything but the backbone or its stages."""
+    if isinstance(held, str):
+        raise UsageError(f"held={held!r} is one string; give a tuple of them, ({held!r},)")
     if odd := set(held) - {"backbone", *(f"backbone/{stage}" for stage in STAGES)}:
         raise UsageError(f"statistics are held by stage, not by {sorted(odd)}; name backbone, or backbone/stem to /stage4")
     return STAGES if "backbone" in held else tuple(prefix.removeprefix("backbone/") for prefix in held)
