@@ -31,8 +31,8 @@ class TrainState:
 
 
 def init_variables(model: nn.Module, seed: int, image_size: int) -> dict:
-    """`{'params', 'batch_stats'}` drawn from `seed` (modulo 2**32), by one program for all arrays: on the host, where JAX
-    has a CPU beside other devices, whose kernels round otherwise.
+    """`{'params', 'batch_stats'}` drawn from `seed` (modulo 2**32 unless x64 is on), by one program for all arrays: on
+    the host, where JAX has a CPU beside other devices, whose kernels round otherwise.
 
     The fields of `model` have to be hashable: tuples, not lists.
     """

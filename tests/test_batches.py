@@ -3,6 +3,8 @@ import itertools
 import re
 from functools import partial
 
+import cloudpickle
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -219,6 +221,9 @@ def test_classes_need_labels(images):
         batches.train_batches({"image": images["image"], "labels": images["label"]}, tasks.classify, 8, 1, seed=0)
     with pytest.raises(UsageError, match="labels below 0, of images without a class"):
         batches.train_batches(images | {"label": images["label"] - 1}, tasks.classify, 8, 1, seed=0)
+    for labels in (images["label"] + np.int64(2**32), images["label"].astype(np.uint64) + np.uint64(2**31)):
+        with pytest.raises(UsageError, match="labels from 2,147,483,648 on, more than 32 bits hold"):
+            batches.train_batches(images | {"label": labels}, tasks.classify, 8, 1, seed=0)
 
 
 @pytest.mark.parametrize("make", [partial(batches.train_batches, steps=1, seed=0), batches.eval_batches])
@@ -245,6 +250,20 @@ def test_seeds_and_sizes_out_of_range_are_refused_before_a_batch_is_made(images)
         batches.eval_batches(images, tasks.classify, 0)
 
 
+def test_cutouts_out_of_range_are_refused_before_a_batch_is_made(images):
+    for cutout in (-0.1, 1.5, np.nan):
+        with pytest.raises(UsageError, match=f"^cutout={cutout} is out of range"):
+            batches.train_batches(images, tasks.classify, 8, 1, seed=0, cutout=cutout)
+
+
+def test_batches_can_be_sent_to_the_workers_of_grain(images):
+    made = batches.train_batches(images, tasks.random_turn, 8, 8, seed=0), batches.eval_batches(images, tasks.all_turns, 8)
+    for known in made:
+        sent = cloudpickle.loads(cloudpickle.dumps(known))
+        for one, other in zip(known, sent, strict=True):
+            jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
 def test_subsets_are_stratified_seeded_and_nested(images):
     five, ten = (sources.subset(images["label"], k, seed=1) for k in (5, 10))
     np.testing.assert_array_equal(np.bincount(images["label"][ten]), [10, 10, 10])
@@ -254,3 +273,5 @@ def test_subsets_are_stratified_seeded_and_nested(images):
         sources.subset(images["label"], 17, seed=1)
     with pytest.raises(UsageError, match="16 images of class cats; use at most that"):
         sources.subset(images["label"], 17, seed=1, classes=("cats", "dogs", "apes"))
+    with pytest.raises(UsageError, match="0 images of class owls; use at most that"):
+        sources.subset(images["label"], 1, seed=1, classes=("cats", "dogs", "apes", "owls"))

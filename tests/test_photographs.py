@@ -63,8 +63,8 @@ def test_a_folder_per_class(folder, notes):
     assert sorted(shades(data.train) + shades(data.test)) == [*range(20), 99, *range(100, 120)]
     assert shades(data.train) == sorted(shades(data.train)) and shades(data.test) == sorted(shades(data.test))
     assert notes[-1] == (
-        "37 images to train on, 4 to test on, a tenth of each class held out by file name whatever the seed; "
-        "2 classes (cats, dogs)"
+        "37 images to train on, 4 to test on, a tenth of each class, but at least one, held out by file name whatever the "
+        "seed; 2 classes (cats, dogs)"
     )
     batch = train_batches(data.train, tasks.random_turn, 16, 3, seed=0)[2]
     assert batch and batch["image"].shape == (16, SIZE, SIZE, 3)

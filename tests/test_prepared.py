@@ -16,6 +16,7 @@ from PIL import Image
 
 from rotjax.data import catalogue, prepared, sources
 from rotjax.errors import DataError, UsageError
+from rotjax.files import cache
 
 IMAGE, CLASSES = tfds.features.Image(shape=(None, None, 3)), ("cat", "dog")
 
@@ -168,7 +169,11 @@ def test_held_out(tmp_path, notes):
     examples = [(image, int(number >= 40)) for number, (image, _) in enumerate(pictures(45, (8, 8)))]
     write(tmp_path, {"train": examples})
     first, second = (prepared.load("tiny", 8, tmp_path) for _ in range(2))
-    assert notes[1] == notes[2] == "tiny has no test split: 5 of 45 images, a tenth of each class, are held out"
+    assert (
+        notes[1]
+        == notes[2]
+        == "tiny has no test split: 5 of 45 images, a tenth of each class but at least one, are held out"
+    )
     assert np.bincount(first.train["label"]).tolist() == [36, 4]
     assert np.bincount(first.test["label"]).tolist() == [4, 1]
     parts = [first.train["image"], first.test["image"]]
@@ -196,6 +201,17 @@ def test_newest_version(tmp_path):
     assert len(prepared.load("tiny", 8, tmp_path).train["label"]) == 3
 
 
+def test_another_state_of_a_set_takes_the_place_of_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write(tmp_path, {"train": pictures(2), "test": pictures(1)})
+    there = []
+    for moment in (1, 2):
+        os.utime(tmp_path / "tiny" / "1.0.0" / "features.json", (moment, moment))
+        prepared.load("tiny", 8, tmp_path)
+        there.append({path for path in cache("decoded").iterdir() if path.is_dir()})
+    assert len(there[0]) == len(there[1]) == 1 and there[0] != there[1]
+
+
 @pytest.mark.parametrize(
     ("image_size", "config"),
     [(8, "160px-v2"), (160, "160px-v2"), (161, "320px-v2"), (320, "320px-v2"), (321, "full-size-v2"), (900, "full-size-v2")],
@@ -207,6 +223,15 @@ def test_configs_of_imagenette(tmp_path, image_size, config):
     write(tmp_path, {"train": pictures(2), "validation": pictures(1)}, name="imagenette", config=config)
     assert prepared.load("imagenette", image_size, tmp_path).train["image"].shape == (2, image_size, image_size, 3)
     assert len(prepared.load(f"imagenette/{config}", 8, tmp_path).train["label"]) == 2
+
+
+def test_a_config_of_a_set_whose_configs_cannot_be_looked_up(tmp_path, monkeypatch):
+    def missing(_):
+        raise ImportError("no module named pandas")
+
+    monkeypatch.setattr(catalogue.tfds, "builder_cls", missing)
+    with pytest.raises(DataError, match="^mnist/small is not prepared"):
+        prepared.load("mnist/small", 8, tmp_path)
 
 
 def test_default_config(tmp_path):

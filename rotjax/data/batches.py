@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
 import grain
 import numpy as np
@@ -31,8 +32,10 @@ def train_batches(
 
     `flip` mirrors half of the images; `cutout` is the side of a grey square in each, as a share of the image's. Rotations
     need no labels. Raises TypeError as `check_arrays` does and where labels are missing, UsageError where some are negative,
-    to classify by; see `train_picks`.
+    to classify by, or beyond 32 bits, and for a `cutout` out of range; see `train_picks`.
     """
+    if not 0 <= cutout <= 1:
+        raise UsageError(f"cutout={cutout} is out of range; it is a share of the image's side, at least 0 and at most 1")
     data = _checked(data, task)
     picks = train_picks(len(data["image"]), batch_size, steps, seed=seed, share=share)
     return viewed(data, picks, partial(train_view, task=task, flip=flip, cutout=cutout))
@@ -46,13 +49,12 @@ def train_picks(count: int, batch_size: int, steps: int, *, seed: int, share: sl
     larger than the data, or for a seed that is not of 32 bits.
     """
     check_fits(batch_size, count)
-    _check_seed(seed)
+    seed = _seed(seed)
     share = _own(batch_size) if share is None else share
-    order = lru_cache(maxsize=2)(partial(_order, seed, count))
 
     def pick(step: int) -> Arrays:
         epoch, place = np.divmod(np.int64(step) * batch_size + np.arange(batch_size)[share], count)
-        index = np.concatenate([order(e)[place[epoch == e]] for e in np.unique(epoch).tolist()])
+        index = np.concatenate([_order(seed, count, e)[place[epoch == e]] for e in np.unique(epoch).tolist()])
         return _pick(seed, epoch, index)
 
     return grain.MapDataset.range(steps).map(pick)
@@ -77,7 +79,7 @@ def eval_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: sli
     Raises UsageError for a batch size or a seed out of range.
     """
     check_fits(batch_size)
-    _check_seed(seed)
+    seed = _seed(seed)
     share = _own(batch_size) if share is None else share
 
     def pick(number: int) -> Arrays:
@@ -88,13 +90,15 @@ def eval_picks(count: int, batch_size: int, *, seed: int, epoch: int, share: sli
     return grain.MapDataset.range(-(-count // batch_size)).map(pick)
 
 
-def _check_seed(seed: int) -> None:
+def _seed(seed: Any) -> int:
+    """`seed`, an integer of any kind; UsageError for others."""
     try:
-        inside = 0 <= operator.index(seed) < 2**32
+        number = operator.index(seed)
     except TypeError:
-        inside = False
-    if not inside:
+        number = -1
+    if not 0 <= number < 2**32:
         raise UsageError(f"seed={seed!r} is out of range; it is an integer, at least 0 and below {2**32:,}")
+    return number
 
 
 def viewed(data: Arrays, picks: Batches, view: Callable[[Arrays, Arrays], Arrays]) -> Batches:
@@ -108,6 +112,8 @@ def _checked(data: Arrays, task: tasks.Task) -> Arrays:
     if "label" in data:
         if task is tasks.classify and np.min(data["label"], initial=0) < 0:
             raise UsageError("there are labels below 0, of images without a class; leave these out, or give another task")
+        if int(np.max(data["label"], initial=0)) >= 2**31:
+            raise UsageError("there are labels from 2,147,483,648 on, more than 32 bits hold; give the numbers of classes")
         return {**data, "label": native(data["label"])}
     if task is tasks.classify:
         raise TypeError("images have no 'label', i32 [N], to be classified by; give it, or another task")
@@ -130,5 +136,6 @@ def _pick(seed: int, epoch: np.ndarray, index: np.ndarray) -> Arrays:
     return {"seed": seeds, "epoch": epoch.astype(np.int32), "index": index.astype(np.int32)}
 
 
+@lru_cache(maxsize=4)  # not within `train_picks`, of which Grain's workers get a pickle
 def _order(seed: int, count: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)

@@ -77,14 +77,16 @@ def _folders(folder: Path) -> list[str]:
         raise DataError(f"{folder} cannot be read ({reason(error)}); name another data_dir") from error
 
 
-def _configs(kind: str) -> list[str]:
-    """Names of the configs of TFDS's set `kind`, the default one first; raises UsageError where TFDS knows no such set."""
+def _configs(kind: str) -> list[str] | None:
+    """Names of the configs of TFDS's set `kind`, the default one first, None where they cannot be looked up; raises
+    UsageError where TFDS knows no such set.
+    """
     if kind not in _catalogue():
         raise _unknown(kind)
     try:
         builder = tfds.builder_cls(kind)
     except ImportError:  # of a package that only preparing it takes
-        return []
+        return None
     default = builder.default_builder_config
     return sorted(builder.builder_configs, key=lambda config: config != default.name) if default else []
 
@@ -103,7 +105,7 @@ def _unknown(name: str) -> UsageError:
 def _absent(name: str, data_dir: Path) -> RotjaxError:
     kind, _, config = name.partition("/")
     configs = _configs(kind)
-    if config and config not in configs:
+    if config and configs is not None and config not in configs:
         nearest = difflib.get_close_matches(config, configs) or configs[:5]
         hint = f"; nearest: {', '.join(nearest)}" if nearest else ", it has none"
         return UsageError(f"{config!r} is no config of {kind}{hint}")

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,8 @@ class Dataset:
     """`train` and `test` are `{'image': u8[N,H,H,3], 'label': i32[N]}`; without `classes` labels are -1, given or not.
 
     `files` are the names of the test images, where they have some. Raises DataError for missing labels, arrays of other
-    shapes or dtypes, an empty part, a label that names no class, or `files` of another number. Arrays are not copied: leave
-    them as they are.
+    shapes or dtypes, an empty part, `classes` that are no names, a label that names none of them, or `files` of another
+    number. Arrays are not copied: leave them as they are.
     """
 
     name: str
@@ -30,6 +30,8 @@ class Dataset:
     files: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self):
+        if isinstance(self.classes, str) or not isinstance(self.classes, Iterable):
+            raise DataError(f"the classes of {self.name} are {self.classes!r}; give a tuple of their names, or () for none")
         object.__setattr__(self, "classes", tuple(map(str, self.classes)))  # which may be numbers
         for part in ("train", "test"):
             arrays, where = getattr(self, part), f"the {part} images of {self.name}"

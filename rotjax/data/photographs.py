@@ -124,7 +124,8 @@ def _checked(
                 break
             log.warning(line)
     kinds = f"{len(classes)} class{'es' * (len(classes) != 1)} ({few(classes)})" if classes else "no classes"
-    split = f", a tenth{' of each class' if classes else ''} held out by file name whatever the seed" if held_out else ""
+    tenth = f"a tenth{' of each class, but at least one,' if classes else ''} held out by file name whatever the seed"
+    split = f", {tenth}" if held_out else ""
     log.info(f"{counts[0]:,} images to train on, {counts[1]:,} to test on{split}; {kinds}")
     return classes
 

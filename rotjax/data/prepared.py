@@ -62,7 +62,9 @@ def load(
         tested = int(held_out(labels, TENTH).sum())  # as many whatever the order of the labels, and they come last
         rows = (slice(count - tested), slice(count - tested, None))  # in place: the images may be more than memory holds
         parts = [{key: value[part] for key, value in parts[0].items()} for part in rows]
-        log.info(f"{name} has no test split: {tested:,} of {count:,} images, a tenth of each class, are held out")
+        log.info(
+            f"{name} has no test split: {tested:,} of {count:,} images, a tenth of each class but at least one, are held out"
+        )
     train, test = parts
     return Dataset(name, classes, train, test)
 
@@ -120,7 +122,7 @@ def _arrays(builder: Builder, splits: list[str], classes: int, image_size: int, 
             if start < begin + count:
                 yield from _records(builder, split, classes, image_size, progress, alone, max(start - begin, 0))
 
-    key = fingerprint(str(folder.resolve()), states, splits, image_size)
+    key = f"{fingerprint(str(folder.resolve()), splits, image_size)}-{fingerprint(states)}"
     arrays, _ = decoded(key, sum(counts), image_size, records)
     return [
         {key: value[begin : begin + count] for key, value in arrays.items()}

@@ -67,12 +67,12 @@ def subset(labels: np.ndarray, per_class: int, seed: int, classes: Sequence[str]
     Raises UsageError where a class has fewer, by its name if `classes` are given.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
-    kinds, counts = np.unique(labels, return_counts=True)
+    counts = np.bincount(labels, minlength=len(classes))
     if counts.min() < per_class:
-        least = kinds[counts.argmin()]
+        least = int(counts.argmin())
         few = f"the {counts.min()} images of class {shown(classes[least]) if classes else least}"
         raise UsageError(f"subset={per_class} is more than {few}; use at most that")
-    return np.sort(np.concatenate([order[labels[order] == kind][:per_class] for kind in kinds]))
+    return np.sort(np.concatenate([order[labels[order] == kind][:per_class] for kind in range(len(counts))]))
 
 
 def validated(data: Dataset, fraction: float) -> Dataset:
