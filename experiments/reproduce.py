@@ -16,7 +16,7 @@ from experiments.rows import Run, runs, shortened
 from rotjax import manifests
 from rotjax.errors import UsageError
 from rotjax.files import read_rows, write, write_json, writing
-from rotjax.locks import held
+from rotjax.locks import taken
 from rotjax.presets import Preset
 from rotjax.recipe import Classification
 from rotjax.recipe_json import to_json
@@ -167,7 +167,7 @@ def overview(asked: Sequence[Run], settings: Settings, running: Run | None = Non
             state = f"complete, but not among {settings.results}"
         else:
             steps, total = progress(run, settings.workdirs)
-            under_way = run is running or held(settings.workdirs / run.name / ".lock")
+            under_way = run is running or taken(settings.workdirs / run.name / ".lock")
             state = "running" if under_way else f"interrupted at step {steps}" if steps else "left"
             left += (total - steps) * run.recipe.resolved().views * cost(run)
         other = run.published or run.goal

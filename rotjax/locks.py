@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from rotjax.errors import InUseError
 
@@ -29,6 +30,8 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[Callable[[]
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if not _is_locked(file):
+                    continue  # `taken` was looking
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 busy = f"{what} is in use by {holder}"
@@ -63,15 +66,21 @@ def _own_name() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def held(path: Path) -> bool:
+def taken(path: Path) -> bool:
     """Whether a process holds the lock file `path`."""
     try:
         with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return _is_locked(file)
+    except OSError:
+        return False
+
+
+def _is_locked(file: IO) -> bool:
+    """Whether another than `file` has its lock, but to look, as this does."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:
-        pass
     return False
 
 

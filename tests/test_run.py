@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import ExitStack, closing, suppress
 from functools import partial
@@ -837,6 +838,20 @@ def test_F1_who_holds_a_lock_is_told(tmp_path):
             locks.locked(tmp_path / "lock", "it").__enter__()
 
 
+def test_F1_who_only_looks_whether_a_lock_is_taken_is_not_in_its_way(tmp_path):
+    path, looks = tmp_path / "lock", []
+    path.touch()
+    with open(path) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        timer = threading.Timer(0.2, lambda: looks.append(fcntl.flock(file, fcntl.LOCK_UN)))
+        timer.start()
+        assert not locks.taken(path)
+        with locks.locked(path, "it"):
+            assert looks and locks.taken(path)
+        timer.join()
+    assert not locks.taken(path)
+
+
 def test_F1_a_fork_that_ends_leaves_the_lock_of_its_parent(tmp_path):
     program = f"""
 import os, sys
@@ -1021,6 +1036,9 @@ def test_images_without_classes_are_enough_for_rotation_only(data):
     assert rotjax.plan(rotjax.Rotation(**SMALL), data=unlabelled).steps == 12
     with pytest.raises(DataError, match="the train images of noise have labels, but the classes have no names"):
         rotjax.Dataset("noise", (), data.train, data.test)
+    for odd in (None, "ab"):
+        with pytest.raises(DataError, match=f"the classes of noise are {odd!r}; give a tuple of their names"):
+            rotjax.Dataset("noise", odd, data.train, data.test)
     with pytest.raises(DataError, match="the train images of noise: images are NoneType; give an array of uint8"):
         rotjax.Dataset("noise", ("a", "b"), {"label": data.train["label"]}, data.test)
     with pytest.raises(DataError, match="has no classes"):
