@@ -22,6 +22,7 @@ from rotjax.errors import RotjaxError, UsageError, reason
 from rotjax.files import write, write_json
 from rotjax.run import versions
 
+FIELDS = ("ours", "theirs", "ratio", "ratios", "device", "versions")  # of the result of a row
 VERSIONS = ("rotjax", "jax", "jaxlib", "flax", "optax", "grain", "torch")
 CUDNN = ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")  # whose convolutions are a GPU's
 SLOW = {  # of rows that miss their goal, why, by the first word of the kind of device
@@ -137,7 +138,7 @@ def page(folder: Path) -> str:
         f"{speed.BATCH} and float32 unless said. The figures of the sides are medians too, each of its own."
     ]
     for device in sorted(path for path in folder.iterdir() if path.is_dir()):
-        results = {path.stem: read_result(path) for path in device.glob("*.json")}
+        results = {path.stem: read_result(path, *FIELDS) for path in device.glob("*.json")}
         if not results:
             continue
         facts = sorted({_facts(result) for result in results.values()})

@@ -12,6 +12,8 @@ from experiments.rows import ROWS, STRONG, WHOLE, named
 from rotjax.errors import CheckpointError, reason
 from rotjax.files import read_json, read_rows
 
+TOLD = {"steps", "confusion", "device", "wall_seconds", "resumed_from"}  # that a run's summary is to say besides its scores
+PROBED = ("run", "accuracy", "dataset", "image_size", "train_images", "tested_on", "neighbors", "stages")
 PROBES = ("linear", "neighbors")  # what `experiments.probe` puts on top of features
 CLONE = Path(__file__).parent / "results"
 RESULTS = CLONE if CLONE.is_dir() else Path("results")  # which an installed package comes without
@@ -64,6 +66,8 @@ def _outcome(path: Path) -> Outcome:
         one = Outcome(path.stem, **read_result(path), epochs=[row for row in rows if "test_accuracy" in row])
         if (name := named(*one.key, one.recipe["max_steps"], one.seed)) != path.stem:
             raise ValueError(f"but of {name}")
+        if missing := TOLD - one.summary.keys():
+            raise ValueError(f"its summary lacks {', '.join(sorted(missing))}")
         if one.row not in (*ROWS, *STRONG):
             raise ValueError(f"there is no row {one.row}")
         if not 0 <= one.score <= 100:
@@ -85,12 +89,18 @@ def _place(one: Outcome) -> tuple:
 
 def controls(folder: Path) -> dict[str, dict[str, Any]]:
     """What `experiments.control` left of each run that PyTorch has trained too, by name."""
-    return {path.stem: read_result(path, "summary") for path in sorted((folder / "controls").glob("*.json"))}
+    found = {path: read_result(path, "summary") for path in sorted((folder / "controls").glob("*.json"))}
+    for path, result in found.items():
+        try:
+            accuracy(result["summary"])
+        except (TypeError, KeyError) as error:
+            raise CheckpointError(f"{path} is no result of a run ({reason(error)}); move it elsewhere") from error
+    return {path.stem: result for path, result in found.items()}
 
 
 def probes(folder: Path) -> list[dict[str, Any]]:
     """What `experiments.probe` left of each run and data set, by name."""
-    return [read_result(path, "run", "accuracy", "stages") for path in sorted((folder / "probes").glob("*.json"))]
+    return [read_result(path, *PROBED) for path in sorted((folder / "probes").glob("*.json"))]
 
 
 def read_result(path: Path, *fields: str) -> dict[str, Any]:

@@ -167,4 +167,5 @@ def rounded(value: float, digits: int) -> str:
 
 def short(name: str, limit: int = 16) -> str:
     name = name.encode(errors="replace").decode()  # folders may have names that are not text
-    return name if len(name) <= limit else name[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    head = limit // 2  # names of a kind often begin alike
+    return name if len(name) <= limit else name[:head] + "\N{HORIZONTAL ELLIPSIS}" + name[head + 1 - limit :]

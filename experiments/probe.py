@@ -20,7 +20,7 @@ from experiments.report import say
 from rotjax import processes
 from rotjax.data import sources
 from rotjax.errors import DataError, UsageError
-from rotjax.files import write_json
+from rotjax.files import read_json, write_json
 from rotjax.recipe import check
 from rotjax.run import versions
 from rotjax.workdirs import read_recipe, read_summary
@@ -63,17 +63,26 @@ def run(
     recipe, summary = read_recipe(pretrained), read_summary(pretrained)
     size, name = recipe.image_size if image_size is None else image_size, sources.canonical(dataset or recipe.dataset)
     check(dataclasses.replace(recipe, dataset=name, image_size=size))
-    data = sources.load(name, image_size=size, labelled=True, data_dir=data_dir, progress=command.decoding)
+    try:
+        data = sources.load(name, image_size=size, labelled=True, data_dir=data_dir, progress=command.decoding)
+    except UsageError as error:
+        if dataset:
+            raise
+        raise UsageError(
+            f"{pretrained} was trained on {name}, which is not here; name what to classify, --dataset"
+        ) from error
     tested_on = "test images"
     if recipe.validation and name == recipe.dataset:
         data, tested_on = sources.validated(data, recipe.validation), recipe.tested_on
+    if not dataset:
+        _check_trained_on(pretrained, data)
     train, test = (len(part["label"]) for part in (data.train, data.test))
     if len(data.classes) < 2:
         raise DataError(f"{data.name} has no classes to tell apart; name a set that has, --dataset")
     if neighbors > train:
         raise UsageError(f"--neighbors={neighbors} is more than the {train} training images; lower it")
     named = _named(name, data, recipe.image_size)
-    paths = [command.made(pretrained) / f"probe-{named}.json"]
+    paths = [command.made(pretrained, "make it writable, or copy the run") / f"probe-{named}.json"]
     if results:
         paths.append(command.made(results / "probes") / f"{pretrained.resolve().name}-{named}.json")
     command.cache_compilations()
@@ -107,6 +116,15 @@ def run(
     if results:
         tables.write(results)
         say(str(results / "README.md"))
+
+
+def _check_trained_on(pretrained: Path, data: rotjax.Dataset) -> None:
+    """Raises DataError where the path of a folder now leads to another than the run was trained on."""
+    if (path := pretrained / "data.json").exists():
+        before, now = read_json(path), data.facts()
+        if odd := [name for name in ("classes", "test_images") if before.get(name) != now[name]]:
+            line = f"{data.name} is not what {pretrained} was trained on (other {', '.join(odd)})"
+            raise DataError(f"{line}; name what to classify, --dataset")
 
 
 def probed(model: rotjax.Classifier, networks: dict[str, dict], data: rotjax.Dataset, neighbors: int) -> Iterator[dict]:

@@ -48,7 +48,7 @@ def run(
         write_json(counts, outcome(xml))
     if not counts.is_file():
         raise UsageError(f"there is no {counts} yet; name the file that pytest --junitxml=FILE wrote")
-    write(to, page(read_result(counts), faults))
+    write(to, page(read_result(counts, "rows", "versions"), faults))
     say(str(to))
 
 

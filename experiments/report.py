@@ -48,7 +48,8 @@ def _write(line: str, stream: TextIO | None) -> None:
 
 def mute(stream: TextIO) -> None:
     """Sends what `stream` still gets nowhere, whose reader has gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def shortened(line: str) -> str:
@@ -185,7 +186,7 @@ def facts(summary: dict) -> list[tuple[str, str]]:
     epochs = summary["epochs"]
     lines.append(("trained for", f"{epochs:g} epoch{'s' * (epochs != 1)}, {summary['steps']:,} steps, seed {seed}"))
     speed, minutes = summary["images_per_second"], summary["wall_seconds"] / 60
-    lines.append(("speed", f"{speed:,.0f} images/s on {summary['device']}" if speed else f"on {summary['device']}"))
+    lines.append(("speed", f"{speed:,.0f} images/s on {summary['device']}") if speed else ("device", summary["device"]))
     since = f" since step {summary['resumed_from']:,}, where it was resumed" if summary["resumed_from"] else ""
     lines.append(("time", f"{minutes:.1f} minutes{since}"))
     return lines

@@ -138,7 +138,9 @@ def call(monkeypatch, tmp_path, capsys):
 
 
 def flags(call, job):
-    return re.findall(r"^\W*--([a-z_]+)", call(job, "--help")[1], re.MULTILINE)
+    found = re.findall(r"^\W*--([a-z_]+)", call(job, "--help")[1], re.MULTILINE)
+    assert found, "--help lists flags in another way, and none would be tried"
+    return found
 
 
 @pytest.mark.parametrize("job", COMMANDS)

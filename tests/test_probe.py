@@ -87,6 +87,27 @@ def test_scores_on_other_folders_of_the_same_name_and_other_sizes_are_kept_apart
     assert probe._named("imagenette", data, 16) == "images" and probe._named("imagenette", data, 8) == "images-16px"
 
 
+def test_without_a_data_set_it_is_the_one_that_was_trained_on_and_no_other(tmp_path, monkeypatch):
+    from PIL import Image
+
+    for place, classes in (("here", "ab"), ("there", "cd")):
+        for number, kind in enumerate(classes * 10):
+            path = tmp_path / place / "photos" / kind / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (100 * (number % 2), number, 0)).save(path)
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = rotjax.Rotation(dataset="photos", stem="cifar", image_size=8, width=4, batch_size=8, max_steps=1)
+    list(rotjax.train(rotjax.plan(recipe), tmp_path / "run"))
+    probe.run(tmp_path / "run", neighbors=2)
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(DataError, match="^photos is not what .*run was trained on .other classes.; name what .*--dataset$"):
+        probe.run(tmp_path / "run", neighbors=2)
+    probe.run(tmp_path / "run", "photos", neighbors=2)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="run was trained on photos, which is not here; name what to classify, --dataset$"):
+        probe.run(tmp_path / "run", neighbors=2)
+
+
 def test_what_cannot_be_probed_is_refused(workdir, tmp_path):
     from PIL import Image
 
@@ -106,7 +127,9 @@ def test_what_cannot_be_probed_is_refused(workdir, tmp_path):
         probe.run(unfinished, None, None, None, 5)
     (tmp_path / "results/probes").mkdir(parents=True)
     (tmp_path / "results/probes/mine.json").write_text('{"run": "of my own"}')
-    with pytest.raises(CheckpointError, match="mine.json is no such result, without accuracy, stages; move it elsewhere"):
+    with pytest.raises(
+        CheckpointError, match="mine.json is no such result, without accuracy, .*, stages; move it elsewhere"
+    ):
         probe.run(workdir, results=tmp_path / "results")
     with pytest.raises(UsageError, match="--neighbors=2000 is more than the 1438 training images"):
         probe.run(workdir, None, None, None, 2000)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import comparison, control, outcomes, reproduce, tables
+from experiments.command import made
 from experiments.rows import ROWS, STRONG, Run, runs, shortened
 from rotjax import optim
 from rotjax.errors import CheckpointError, DataError, UsageError
@@ -383,6 +384,14 @@ def test_a_result_that_is_none_is_named_in_a_line(tmp_path, content):
         (
             lambda path: path.write_text(path.read_text().replace('"accuracy": 0.', '"accuracy": null, "other": 0.')),
             r"seed0.json is no result of a run \(",
+        ),
+        (
+            lambda path: path.write_text(path.read_text().replace('"device"', '"machine"')),
+            r"seed0.json is no result of a run \(its summary lacks device\); move it elsewhere",
+        ),
+        (
+            lambda path: made(path.parents[1] / "controls").joinpath(path.name).write_text('{"summary": {}}'),
+            r"controls/3b-classification-seed0.json is no result of a run \('accuracy'\); move it elsewhere",
         ),
     ],
 )
