@@ -85,7 +85,7 @@ def _backward(saved, cotangents):
     cotangent, centred, inverse, count = cotangents[0], x - mean, lax.rsqrt(variance + _EPSILON), _count(x)
     if jax.default_backend() == "cpu":
         of_bias, product = _sums(cotangent, cotangent * centred)
-    else:  # as many digits as `_moments` has, and on a GPU two kernels fewer
+    else:  # as many digits as `_moments` has, and a kernel less on a GPU
         of_bias, product = _sums(cotangent, cotangent * x)
         product -= mean * of_bias
     of_scale = product * inverse
