@@ -19,7 +19,7 @@ from experiments.outcomes import PROBES, accuracy
 from experiments.report import say
 from rotjax import processes
 from rotjax.data import sources
-from rotjax.errors import DataError, UsageError
+from rotjax.errors import CheckpointError, DataError, UsageError, reason
 from rotjax.files import read_json, write_json
 from rotjax.recipe import check
 from rotjax.run import versions
@@ -75,7 +75,7 @@ def run(
     if recipe.validation and name == recipe.dataset:
         data, tested_on = sources.validated(data, recipe.validation), recipe.tested_on
     if not dataset:
-        _check_trained_on(pretrained, data)
+        _check_trained_on(pretrained, recipe, data)
     train, test = (len(part["label"]) for part in (data.train, data.test))
     if len(data.classes) < 2:
         raise DataError(f"{data.name} has no classes to tell apart; name a set that has, --dataset")
@@ -118,13 +118,21 @@ def run(
         say(str(results / "README.md"))
 
 
-def _check_trained_on(pretrained: Path, data: rotjax.Dataset) -> None:
-    """Raises DataError where the path of a folder now leads to another than the run was trained on."""
-    if (path := pretrained / "data.json").exists():
-        before, now = read_json(path), data.facts()
-        if odd := [name for name in ("classes", "test_images") if before.get(name) != now[name]]:
-            line = f"{data.name} is not what {pretrained} was trained on (other {', '.join(odd)})"
-            raise DataError(f"{line}; name what to classify, --dataset")
+def _check_trained_on(pretrained: Path, recipe: rotjax.Recipe, data: rotjax.Dataset) -> None:
+    """Raises DataError where the name, as of a folder, now leads to other data than the run was trained on.
+
+    Pixels of another size, and training images of which the run took a subset, are not compared.
+    """
+    path, now = pretrained / "data.json", data.facts()
+    try:
+        before = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}); name what to classify, --dataset") from error
+    alike = data.image_size == recipe.image_size and not getattr(recipe, "subset", None)
+    names = ("classes", "test_images", "sample") if alike else ("classes", "test_images")
+    if odd := [name.replace("_", " ") for name in names if before.get(name) != now[name]]:
+        line = f"{data.name} is not what {pretrained} was trained on (other {', '.join(odd)})"
+        raise DataError(f"{line}; name what to classify, --dataset")
 
 
 def probed(model: rotjax.Classifier, networks: dict[str, dict], data: rotjax.Dataset, neighbors: int) -> Iterator[dict]:

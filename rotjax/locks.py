@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,12 +26,14 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[Callable[[]
     A process that died holds nothing; one whose `path` was moved away no longer does. Raises OSError where `path` cannot be
     written.
     """
+    patience = time.monotonic() + 1
     while True:
         with open(path, "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not _is_locked(file):
+                if not _is_locked(file) and time.monotonic() < patience:
+                    time.sleep(0.01)
                     continue  # `taken` was looking
                 file.seek(0)
                 holder = file.read().strip() or "another process"

@@ -1,6 +1,7 @@
 """The train step, the evaluation step and the training loop, the same for pretraining and fine-tuning."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial, reduce
 from typing import Any
@@ -49,8 +50,8 @@ def train_step(
 
     `batch` is `{'image': u8[B,H,W,3], 'label': i32[B]}`, with labels from 0 on, below the number of logits (the loss of
     others is NaN); `metrics` are the `loss` and `accuracy` of this batch. A `model` is called with `train`, which by
-    default is False; dropout, or what else it draws, is drawn anew in each step, from the step's number, and collections
-    beside `params` become what it makes of them. An `optimizer` may ask for the `value` of the loss. `mesh` is that of
+    default is False; it may draw by the name `dropout`, anew in each step from the step's number, and change the collection
+    `batch_stats`, no others. An `optimizer` may ask for the `value` of the loss. `mesh` is that of
     `init_state` and `place`, by default all devices. Under one of several devices batch statistics are the whole batch's,
     and each device computes its share; UsageError for a batch that they cannot share equally. One process may leave a batch
     unplaced; with several, pass what `place` yields: an array that nobody placed would be taken for the whole batch, alike
@@ -94,23 +95,24 @@ def train_steps(
 
 def _step(model: nn.Module, optimizer: optax.GradientTransformation, loss: Loss, mesh: Mesh) -> Step:
     apply: Callable[..., Any] = model.apply
-    update = optax.with_extra_args_support(optimizer).update
+    asks = inspect.signature(optimizer.update).parameters.values()
+    asked = any(one.name == "value" or one.kind is one.VAR_KEYWORD for one in asks)
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
         batch = shared(batch, mesh, equally=True)
-        key, moving = jax.random.fold_in(jax.random.key(0), state.step), [*state.variables.keys() - {"params"}]
-        drawn = {"dropout": key, "params": key}  # Flax takes the latter's for all other names
+        drawn = {"dropout": jax.random.fold_in(jax.random.key(0), state.step)}
 
         def objective(params):
             variables = state.variables | {"params": params}
-            logits, updated = apply(variables, batch["image"], train=True, mutable=moving, rngs=drawn)
+            logits, updated = apply(variables, batch["image"], train=True, mutable=["batch_stats"], rngs=drawn)
             losses = loss(logits, batch["label"])
             losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))  # of 16 bits the sum would overflow
             return losses.mean(), (updated, (logits.argmax(-1) == batch["label"]).sum(dtype=jnp.int32))
 
         params = state.variables["params"]
         (value, (updated, correct)), gradients = jax.value_and_grad(objective, has_aux=True)(params)
-        updates, opt_state = update(gradients, state.opt_state, params, value=value, grad=gradients)
+        extra = {"value": value} if asked else {}
+        updates, opt_state = optimizer.update(gradients, state.opt_state, params, **extra)
         variables = state.variables | updated | {"params": optax.apply_updates(params, updates)}
         count = len(batch["label"])
         sums = state.sums | {

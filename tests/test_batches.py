@@ -273,5 +273,6 @@ def test_subsets_are_stratified_seeded_and_nested(images):
         sources.subset(images["label"], 17, seed=1)
     with pytest.raises(UsageError, match="16 images of class cats; use at most that"):
         sources.subset(images["label"], 17, seed=1, classes=("cats", "dogs", "apes"))
-    with pytest.raises(UsageError, match="0 images of class owls; use at most that"):
+    with pytest.raises(UsageError, match="0 images of class owls; leave it out"):
         sources.subset(images["label"], 1, seed=1, classes=("cats", "dogs", "apes", "owls"))
+    assert sources.subset(np.array([0, 2, 2, 0]), 2, seed=1).tolist() == [0, 1, 2, 3]

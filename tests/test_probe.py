@@ -90,18 +90,20 @@ def test_scores_on_other_folders_of_the_same_name_and_other_sizes_are_kept_apart
 def test_without_a_data_set_it_is_the_one_that_was_trained_on_and_no_other(tmp_path, monkeypatch):
     from PIL import Image
 
-    for place, classes in (("here", "ab"), ("there", "cd")):
+    for place, classes, shade in (("here", "ab", 0), ("there", "cd", 0), ("alike", "ab", 9)):
         for number, kind in enumerate(classes * 10):
             path = tmp_path / place / "photos" / kind / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 8), (100 * (number % 2), number, 0)).save(path)
+            Image.new("RGB", (8, 8), (100 * (number % 2), number, shade)).save(path)
     monkeypatch.chdir(tmp_path / "here")
     recipe = rotjax.Rotation(dataset="photos", stem="cifar", image_size=8, width=4, batch_size=8, max_steps=1)
     list(rotjax.train(rotjax.plan(recipe), tmp_path / "run"))
     probe.run(tmp_path / "run", neighbors=2)
-    monkeypatch.chdir(tmp_path / "there")
-    with pytest.raises(DataError, match="^photos is not what .*run was trained on .other classes.; name what .*--dataset$"):
-        probe.run(tmp_path / "run", neighbors=2)
+    for place, odd in (("there", "classes, sample"), ("alike", "sample")):
+        monkeypatch.chdir(tmp_path / place)
+        line = rf"^photos is not what .*run was trained on \(other {odd}\); name what .*--dataset$"
+        with pytest.raises(DataError, match=line):
+            probe.run(tmp_path / "run", neighbors=2)
     probe.run(tmp_path / "run", "photos", neighbors=2)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="run was trained on photos, which is not here; name what to classify, --dataset$"):

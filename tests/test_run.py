@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -1036,8 +1037,8 @@ def test_images_without_classes_are_enough_for_rotation_only(data):
     assert rotjax.plan(rotjax.Rotation(**SMALL), data=unlabelled).steps == 12
     with pytest.raises(DataError, match="the train images of noise have labels, but the classes have no names"):
         rotjax.Dataset("noise", (), data.train, data.test)
-    for odd in (None, "ab"):
-        with pytest.raises(DataError, match=f"the classes of noise are {odd!r}; give a tuple of their names"):
+    for odd in (None, "ab", b"ab", {"a"}, np.array("a")):
+        with pytest.raises(DataError, match=f"the classes of noise are {re.escape(repr(odd))}; give a tuple of their names"):
             rotjax.Dataset("noise", odd, data.train, data.test)
     with pytest.raises(DataError, match="the train images of noise: images are NoneType; give an array of uint8"):
         rotjax.Dataset("noise", ("a", "b"), {"label": data.train["label"]}, data.test)

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,8 @@ class Dataset:
     files: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self):
-        if isinstance(self.classes, str) or not isinstance(self.classes, Iterable):
+        odd = isinstance(self.classes, (str, bytes, Set)) or getattr(self.classes, "ndim", 1) != 1
+        if odd or not isinstance(self.classes, Iterable):
             raise DataError(f"the classes of {self.name} are {self.classes!r}; give a tuple of their names, or () for none")
         object.__setattr__(self, "classes", tuple(map(str, self.classes)))  # which may be numbers
         for part in ("train", "test"):

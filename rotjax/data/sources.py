@@ -67,12 +67,14 @@ def subset(labels: np.ndarray, per_class: int, seed: int, classes: Sequence[str]
     Raises UsageError where a class has fewer, by its name if `classes` are given.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
-    counts = np.bincount(labels, minlength=len(classes))
+    kinds = np.arange(len(classes)) if classes else np.unique(labels)
+    counts = np.array([(labels == kind).sum() for kind in kinds])
     if counts.min() < per_class:
-        least = int(counts.argmin())
+        least = int(kinds[counts.argmin()])
         few = f"the {counts.min()} images of class {shown(classes[least]) if classes else least}"
-        raise UsageError(f"subset={per_class} is more than {few}; use at most that")
-    return np.sort(np.concatenate([order[labels[order] == kind][:per_class] for kind in range(len(counts))]))
+        remedy = "use at most that" if counts.min() else "leave it out"
+        raise UsageError(f"subset={per_class} is more than {few}; {remedy}")
+    return np.sort(np.concatenate([order[labels[order] == kind][:per_class] for kind in kinds]))
 
 
 def validated(data: Dataset, fraction: float) -> Dataset:
