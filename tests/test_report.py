@@ -331,3 +331,8 @@ def test_every_filter_is_drawn(count, shape):
     for axes in figure.axes:
         drawn = axes.images[0].get_array()
         assert drawn.shape == (*shape, 3) and (drawn[:, :, 0] == 0).sum() == 48 * count
+
+
+def test_long_names_lose_their_middle():
+    names = [plots.short(f"Northern_cardinal_{kind}", 12) for kind in ("male", "female")]
+    assert names == ["Northe…_male", "Northe…emale"] and plots.short("cat", 12) == "cat"

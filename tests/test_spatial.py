@@ -73,7 +73,7 @@ def test_max_pool_of_what_is_no_number_is_none():
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_relu(platform, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    maps = np.array([-np.inf, -1, 0, 1e-30, 2, np.inf, np.nan], np.float32)
+    maps = jnp.array([-jnp.inf, -1, 0, 1e-30, 2, jnp.inf, jnp.nan])
     for given in (maps, maps.astype(jnp.bfloat16)):
         (ours, back), (theirs, other) = (jax.vjp(function, given) for function in (spatial.relu, nn.relu))
         for one, wanted in ((ours, theirs), (back(given)[0], other(given)[0])):
