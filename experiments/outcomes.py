@@ -89,13 +89,16 @@ def _place(one: Outcome) -> tuple:
 
 def controls(folder: Path) -> dict[str, dict[str, Any]]:
     """What `experiments.control` left of each run that PyTorch has trained too, by name."""
-    found = {path: read_result(path, "summary") for path in sorted((folder / "controls").glob("*.json"))}
-    for path, result in found.items():
-        try:
-            accuracy(result["summary"])
-        except (TypeError, KeyError) as error:
-            raise CheckpointError(f"{path} is no result of a run ({reason(error)}); move it elsewhere") from error
-    return {path.stem: result for path, result in found.items()}
+    return {path.stem: _control(path) for path in sorted((folder / "controls").glob("*.json"))}
+
+
+def _control(path: Path) -> dict[str, Any]:
+    result = read_result(path, "summary")
+    try:
+        accuracy(result["summary"])
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is no result of a run ({reason(error)}); move it elsewhere") from error
+    return result
 
 
 def probes(folder: Path) -> list[dict[str, Any]]:

@@ -33,8 +33,7 @@ class BatchNorm(nn.Module):
             return _normalised(x, mean.value, variance.value, scale, bias).astype(self.dtype)
         y, *moments = _normalised_by_batch(x, scale, bias)
         if not self.is_initializing():
-            batch_mean, batch_variance = lax.stop_gradient(moments)
-            for running, batch in ((mean, batch_mean), (variance, batch_variance)):
+            for running, batch in zip((mean, variance), lax.stop_gradient(moments), strict=True):
                 running.value = ((1 - _MOMENTUM) * running.value + _MOMENTUM * batch).astype(running.value.dtype)
         return y.astype(self.dtype)
 
