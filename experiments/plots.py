@@ -49,7 +49,7 @@ def curves(
     """
     epochs = np.array([row["step"] for row in rows]) / epoch_steps
     marker = "o" if len(rows) <= 25 else ""
-    figure = titled((8, 3.4 if caption else 3.2), title, caption)
+    figure = titled((8, 4 if caption else 3.8), title, caption)
     panels = zip(figure.subplots(1, 2), ("loss", "accuracy"), ("Loss", "Accuracy in %"), (1, 100), strict=True)
     for axes, key, name, unit in panels:
         for split, colour, line in (("train", BLUE, "--"), ("test", VERMILLION, "-")):
@@ -66,7 +66,8 @@ def curves(
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set(title=name, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator("auto" if epochs[-1] > 1 else 3, integer=True, min_n_ticks=1))
-        axes.legend()
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}  # where it covers no curve
+        axes.legend(**below, ncols=2, fontsize=8.5, handlelength=1.6, columnspacing=1)
     return figure
 
 

@@ -21,6 +21,7 @@ from rotjax.workdirs import read_summary
 
 HEADER = "epoch   train loss   train accuracy   test loss   test accuracy   elapsed"
 MOST, LEAST = 290, 40  # characters of a line of an error, and of a word that is not cut
+CHANCE = 1 / 4  # of four turns
 FILES = ("recipe.json", "metrics.jsonl", "summary.json", "checkpoints/", *figures.FIGURES)
 
 
@@ -174,8 +175,11 @@ def facts(summary: dict) -> list[tuple[str, str]]:
     count, seed = summary["test_images"], summary["seed"]
     images = summary.get("tested_on", "test images")
     if "rotation_accuracy" in summary:
+        right = summary["rotation_accuracy"]
+        guessed = right < CHANCE + 2 * (CHANCE * (1 - CHANCE) / count) ** 0.5  # within two standard errors
+        luck = f": no better than chance, {CHANCE:.0%}" * guessed
         lines = [
-            ("rotation accuracy", f"{summary['rotation_accuracy']:.2%} on all four turns of {count:,} {images}"),
+            ("rotation accuracy", f"{right:.2%} on all four turns of {count:,} {images}{luck}"),
             ("", f"{summary['rotation_accuracy_random']:.2%} on one random turn of each, as the published report scored"),
         ]
     else:

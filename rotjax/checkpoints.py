@@ -1,5 +1,7 @@
 """Checkpoints of a run, the only code that uses Orbax: one directory per step, in parts `backbone`, `head`, `optimizer`.
 
+The network of another module has a part for each of its own.
+
 Orbax restores corrupted files silently, and takes any directory named like a step for a checkpoint. So a step is valid
 only if it has a manifest (`rotjax.manifests`) and its files match it.
 """
@@ -12,20 +14,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from rotjax import manifests, processes
-from rotjax.errors import CheckpointError, in_bytes, reason
+from rotjax.errors import CheckpointError, UsageError, in_bytes, reason
+from rotjax.parallel import data_mesh, replicated
 from rotjax.state import TrainState, check_finite
 from rotjax.transfer import joined, part
 
 log = logging.getLogger(__name__)
 
-KEEP = 2  # so that a sound one is there while the newest is written
+KEEP = 2  # so that one is there while the newest is written
 
 
 @dataclass
@@ -65,10 +71,12 @@ def open_checkpoints(directory: str | Path, claim: Callable[[], None] = lambda: 
 def save(checkpoints: Checkpoints, state: TrainState) -> None:
     """Starts an asynchronous save of `state` unless its step is saved; its arrays may be donated once this returns.
 
-    Raises CheckpointError where this save cannot start, where a newer step is there, or where the save before failed, and
-    NonFiniteError for a state that `train_step` marked as not finite: it could not be restored.
+    Raises CheckpointError where this save cannot start, where a newer step is there, or where the save before failed,
+    NonFiniteError for a state that `train_step` marked as not finite, which could not be restored, and UsageError for a
+    network with a part called `optimizer`.
     """
     check_finite(state)
+    parts = _parts(state)
     step, directory, size = int(state.step), checkpoints.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with processes.together():
         wait(checkpoints)
@@ -82,7 +90,7 @@ def save(checkpoints: Checkpoints, state: TrainState) -> None:
         context = ocp.Context()
         context.array.saving.use_replica_parallel = False  # else it compiles a program for every slice
         with context:
-            response = ocp.save_checkpointables_async(_absolute(directory / str(step)), _parts(state), overwrite=True)
+            response = ocp.save_checkpointables_async(_absolute(directory / str(step)), parts, overwrite=True)
     except (OSError, ValueError) as error:
         if processes.lost(error):
             raise
@@ -113,15 +121,18 @@ def restore(directory: str | Path, step: int, state: TrainState) -> TrainState:
 def newest(directory: str | Path) -> int | None:
     """Step of the newest valid checkpoint, None if there never was one; warns of damaged ones.
 
-    Raises CheckpointError where every one is damaged.
+    Raises CheckpointError where every one is damaged, or the directory cannot be read.
     """
     directory = Path(directory)
-    names = {path.name for path in directory.glob("*")}
+    try:
+        names, steps = set(manifests.names(directory)), manifests.steps(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read ({reason(error)}); name another workdir") from error
     strays = [name for name in sorted(names) if name.isdigit() and not names & {f"{name}.json", f"{name}.unfinished"}]
     if strays:
         log.warning(f"no checkpoints for want of a list of their files, left alone: {', '.join(strays[:5])} in {directory}")
     damage = ""
-    for step in manifests.steps(directory):
+    for step in steps:
         if damage:
             log.warning(f"{damage}; trying step {step}")
         if not (damage := manifests.damage(directory, step)):
@@ -133,30 +144,31 @@ def newest(directory: str | Path) -> int | None:
 
 def latest_step(directory: str | Path) -> int:
     """Step of the newest valid checkpoint in `directory`; CheckpointError if there is none."""
-    try:
-        step = newest(directory)
-    except OSError as error:
-        raise CheckpointError(f"{directory} cannot be read ({reason(error)}); name another workdir") from error
-    if step is None:
+    if (step := newest(directory)) is None:
         raise CheckpointError(f"{directory} has no checkpoint; let the run reach its first one, or name another workdir")
     return step
 
 
 def load_parts(directory: str | Path, step: int, abstract: dict) -> dict:
-    """The parts named in `abstract`, with its shapes and shardings; CheckpointError for a mismatch, NaN or infinity."""
+    """The parts named in `abstract`, with its shapes and shardings, over all devices where it has none.
+
+    CheckpointError for a mismatch, and for NaN or infinity, but in the `optimizer`, which may begin with one.
+    """
+    wanted = jax.tree.map(_wanted, abstract)
     try:
-        wanted = jax.tree.map(lambda leaf: _Abstract(leaf.shape, leaf.sharding), abstract)
         parts = ocp.load_checkpointables(_absolute(Path(directory) / str(step)), wanted)
     except Exception as error:  # of Orbax, TensorStore, json: whatever odd content leads to
-        cause: BaseException | None = error
-        while cause := cause.__cause__ or cause.__context__:
-            if isinstance(cause, KeyboardInterrupt):  # which Orbax takes for a fault of what it reads
+        cause: BaseException = error
+        while beneath := cause.__cause__ or cause.__context__:
+            if isinstance(cause := beneath, KeyboardInterrupt):  # which Orbax takes for a fault of what it reads
                 raise cause from None
-        raise CheckpointError(f"step {step} in {directory} cannot be loaded: {reason(error)}") from error
+        why = f"step {step} in {directory} cannot be loaded ({reason(cause)})"
+        raise CheckpointError(f"{why}; ask for the network and the optimizer that it was saved with") from error
     for asked, found in zip(*map(jax.tree.leaves, (abstract, parts)), strict=True):
         if asked.dtype != found.dtype:
             raise CheckpointError(f"step {step} in {directory} holds {found.dtype}, not {asked.dtype}; name another workdir")
-    if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(parts)):
+    network = [tree for name, tree in parts.items() if name != "optimizer"]
+    if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(network)):
         raise CheckpointError(f"step {step} in {directory} holds values that are not finite; begin anew in another workdir")
     return parts
 
@@ -176,7 +188,7 @@ def _begin(directory: Path, step: int, size: int) -> None:
 
 
 def _finish(checkpoints: Checkpoints, step: int, size: int, response: ocp.AsyncResponse) -> None:
-    """Once all processes have written `step`, makes it valid and removes all but the newest `KEEP` checkpoints."""
+    """Once all processes have written `step`, makes it valid and removes all but the newest `KEEP` sound checkpoints."""
     directory = checkpoints.directory
     try:
         response.result()
@@ -194,8 +206,8 @@ def _finish(checkpoints: Checkpoints, step: int, size: int, response: ocp.AsyncR
         raise _unsaved(directory, step, size, error) from error
     try:
         listed = manifests.steps(directory)
-        kept = [older for older in listed if older <= step][:KEEP]
-        for other in set(listed) - set(kept):  # what is newer is damaged, see `_begin`
+        older = (other for other in listed if other < step and not manifests.damage(directory, other))
+        for other in set(listed) - {step, *islice(older, KEEP - 1)}:  # what is newer is damaged, see `_begin`
             manifests.remove(directory, other)
     except OSError as error:
         log.warning(f"step {step} is saved in {directory}, but an older one cannot be removed ({reason(error)})")
@@ -239,17 +251,23 @@ def _absolute(path: Path) -> str:
 
 
 def _parts(state: TrainState) -> dict[str, dict]:
-    return {
-        "backbone": part(state.variables, "backbone"),
-        "head": part(state.variables, "head"),
-        "optimizer": {"step": state.step, "opt_state": state.opt_state, "sums": state.sums},
-    }
+    names = {name for tree in state.variables.values() for name in tree}
+    if "optimizer" in names:
+        raise UsageError("a part of the network is called optimizer, as one of its checkpoint is; give it another name")
+    network = {name: part(state.variables, name) for name in sorted(names)}
+    return network | {"optimizer": {"step": state.step, "opt_state": state.opt_state, "sums": state.sums}}
 
 
 @dataclass(frozen=True)
 class _Abstract:
-    """A leaf to be loaded in the dtype it was saved in: asked for another, Orbax would convert silently."""
+    """A leaf to be loaded in the dtype it was saved in, where this has none: asked for another, Orbax converts silently."""
 
     shape: tuple[int, ...]
     sharding: jax.sharding.Sharding
-    dtype: None = None
+    dtype: Any = None
+
+
+def _wanted(leaf: Any) -> _Abstract:
+    key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # which Orbax takes for its words, unless it is told
+    sharding = getattr(leaf, "sharding", None) or replicated(data_mesh())
+    return _Abstract(leaf.shape, sharding, leaf.dtype if key else None)

@@ -1,7 +1,9 @@
 """Errors that a caller can cause: one line says what is wrong, where, and what to do; commands exit with `exit_code`."""
 
+import operator
 import os
 from collections.abc import Iterable
+from typing import Any
 
 MOST = 5  # names in a line
 
@@ -90,3 +92,11 @@ class DesertedError(RotjaxError):
     """Another process of this run has died; the same command, in all of them, resumes from the last checkpoint."""
 
     exit_code = 75
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Raises UsageError unless `value`, of the argument `name`, is an integer of any kind."""
+    try:
+        operator.index(value)
+    except TypeError:
+        raise UsageError(f"{name}={value!r} is no integer; give one") from None

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from rotjax.data.batches import Batches, viewed
 from rotjax.data.dataset import Arrays
-from rotjax.errors import UsageError
+from rotjax.errors import UsageError, check_integer
 from rotjax.parallel import replicated
 from rotjax.planning import Plan
 from rotjax.processes import highest
@@ -63,7 +63,10 @@ def check(per_dispatch: int | None, threads: int | None) -> None:
     """Raises UsageError for a number out of range."""
     together = COPIES if jax.default_backend() == "cpu" else MOST
     for name, value, least, most in (("steps_per_dispatch", per_dispatch, 1, together), ("threads", threads, 0, MOST)):
-        if value is not None and not least <= value <= most:
+        if value is None:
+            continue
+        check_integer(name, value)
+        if not least <= value <= most:
             raise UsageError(f"{name}={value} is out of range; it is at least {least} and here at most {most}")
 
 

@@ -10,9 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rotjax.errors import CheckpointError, reason
+from rotjax.errors import CheckpointError, UsageError, reason
 
 LARGEST = 2**26  # bytes of a JSON file that is believed
+
+
+def folder(name: str | Path) -> Path:
+    """The folder `name`, `~` and `~user` in it replaced; raises UsageError for a user without a home folder."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{name} is in no folder ({reason(error)}); name another, without ~") from error
 
 
 def cache(name: str) -> Path:

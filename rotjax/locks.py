@@ -28,7 +28,7 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[Callable[[]
     """
     patience = time.monotonic() + 1
     while True:
-        with open(path, "a+") as file:
+        with open(path, "a+", errors="replace") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -72,7 +72,7 @@ def _own_name() -> str:
 def taken(path: Path) -> bool:
     """Whether a process holds the lock file `path`."""
     try:
-        with open(path) as file:
+        with open(path, "rb") as file:
             return _is_locked(file)
     except OSError:
         return False

@@ -92,7 +92,15 @@ def files(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in paths]
 
 
+def names(directory: Path) -> list[str]:
+    """What lies in `directory`, nothing where it does not exist; raises OSError, which `Path.glob` takes for nothing too."""
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        return []
+
+
 def _marked(directory: Path, kind: str) -> list[int]:
     """The steps that have a file of this `kind`; any other name, such as `...unfinished`, is nobody's."""
-    found = (STEP.fullmatch(path.name) for path in directory.glob(f"*.{kind}"))
-    return sorted((int(match[1]) for match in found if match), reverse=True)
+    found = (STEP.fullmatch(name) for name in names(directory))
+    return sorted((int(match[1]) for match in found if match and match[2] == kind), reverse=True)

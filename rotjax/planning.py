@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from rotjax import checkpoints, optim, workdirs
 from rotjax.data import sources
 from rotjax.data.dataset import Dataset, check_classes, check_fits
 from rotjax.errors import UsageError
+from rotjax.files import folder
 from rotjax.models import Classifier
 from rotjax.parallel import abstract, check_batch, data_mesh
 from rotjax.recipe import JOBS, NETWORK, Classification, Recipe, check
@@ -93,8 +95,8 @@ def plan(
     donor = source = None
     step = 0
     if recipe.pretrained is not None:
-        donor = Path(recipe.pretrained).expanduser()
-        if "@" in donor.name and not donor.exists():  # what a plan, and `load`, have in its place
+        donor = folder(recipe.pretrained)
+        if "@" in donor.name and not os.path.exists(donor):  # what a plan, and `load`, have in its place
             raise UsageError(f"pretrained={donor} is the name of a run and a step; give the workdir of that run")
         source = workdirs.read_recipe(donor)
         recipe, step = _inherit(recipe, source, donor)
@@ -108,7 +110,7 @@ def plan(
         _tell_apart(given, recipe, source)
     check_batch(recipe.batch_size, data_mesh().size)
     if workdir is not None:
-        workdirs.check_vacant(Path(workdir).expanduser(), recipe)
+        workdirs.check_vacant(folder(workdir), recipe)
     backbone = _load_parts(recipe, donor, step, "backbone")["backbone"] if donor else None
     if data is None:
         data = sources.load(
@@ -135,7 +137,7 @@ def load(workdir: str | Path) -> tuple[Classifier, dict, Recipe]:
 
     All processes must call this.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = folder(workdir)
     recipe = workdirs.read_recipe(workdir)
     step = _newest(workdir)
     return recipe.model(), joined(_load_parts(recipe, workdir, step, "backbone", "head")), recipe
@@ -156,7 +158,8 @@ def _inherit(recipe: Recipe, source: Recipe, donor: Path) -> tuple[Recipe, int]:
     for name, value in inherited.items():
         if getattr(recipe, name) not in (None, value):
             raise UsageError(f"{name}={getattr(recipe, name)} contradicts {donor}, which has {value}; leave it out")
-    if recipe.dataset == source.dataset and recipe.validation > source.validation:
+    here, there = (os.path.abspath(os.path.expanduser(one.dataset)) for one in (recipe, source))
+    if here == there and recipe.validation > source.validation:
         log.warning(f"the backbone of {donor} was pretrained on the validation images too, without their labels")
     return dataclasses.replace(recipe, **inherited, pretrained=f"{source.name}@{step}"), step
 

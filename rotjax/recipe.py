@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
@@ -236,11 +235,11 @@ def check(recipe: Recipe, resolved: bool = True) -> None:
             raise UsageError(f"{name}={value} is too large; it is at most {most}")
     for name, low in {"learning_rate": "above", "weight_decay": "at least"}.items():
         value = getattr(recipe, name)
-        if value is not None and not (math.isfinite(value) and (value > 0 or (value == 0 and low == "at least"))):
+        if value is not None and not (_finite(value) and (value > 0 or (value == 0 and low == "at least"))):
             raise UsageError(f"{name}={value} is out of range; it is a finite number {low} 0")
-    if not all(math.isfinite(value) for value in recipe.mean or ()):
+    if not all(_finite(value) for value in recipe.mean or ()):
         raise UsageError(f"mean={recipe.mean} is no mean; means are finite numbers")
-    if not all(math.isfinite(value) and value > 0 for value in recipe.std or ()):
+    if not all(_finite(value) and value > 0 for value in recipe.std or ()):
         raise UsageError(f"std={recipe.std} is no deviation; standard deviations are finite numbers above 0")
     if None not in (recipe.warmup_epochs, recipe.epochs) and recipe.warmup_epochs > recipe.epochs:
         raise UsageError(f"warmup_epochs={recipe.warmup_epochs} is more than epochs={recipe.epochs}; give fewer")
@@ -259,3 +258,8 @@ def _fits(value: Any, hint: Any) -> bool:
         several = isinstance(value, tuple) and (Ellipsis in parts or len(value) == len(parts))
         return several and all(_fits(one, parts[0]) for one in value)
     return isinstance(value, (int, float) if hint is float else hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _finite(value: float) -> bool:
+    """Whether f32 can hold `value`."""
+    return abs(value) <= float(jnp.finfo(jnp.float32).max)

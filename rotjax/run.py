@@ -21,7 +21,7 @@ from rotjax import checkpoints, files, optim, processes, scoring, signals, train
 from rotjax import feed as feeds
 from rotjax.data import batches, tasks
 from rotjax.data.augmentation import train_view
-from rotjax.errors import RotjaxError, Stopped, UsageError
+from rotjax.errors import RotjaxError, Stopped, UsageError, check_integer
 from rotjax.feed import Feed, Stream, Where
 from rotjax.models import Classifier
 from rotjax.parallel import abstract, data_mesh, over, place, split
@@ -59,7 +59,7 @@ def train(
     DataError for a workdir of other data, InUseError where another process uses it, NonFiniteError, CheckpointError,
     FellowError where another process of this run failed.
     """
-    began, workdir, recipe, mesh = time.perf_counter(), Path(workdir).expanduser(), plan.recipe, data_mesh()
+    began, workdir, recipe, mesh = time.perf_counter(), files.folder(workdir), plan.recipe, data_mesh()
     check_cadence(log_steps, checkpoint_seconds)
     feed = feeds.choose(plan, augment, steps_per_dispatch, threads)
     _check_alike(plan, feed, log_steps)
@@ -154,6 +154,7 @@ def _close(stack: ExitStack, stopping: signals.Stopping) -> None:
 
 def check_cadence(log_steps: int, checkpoint_seconds: float) -> None:
     """Raises UsageError for a number out of range."""
+    check_integer("log_steps", log_steps)
     for name, value, least in (("log_steps", log_steps, 1), ("checkpoint_seconds", checkpoint_seconds, 0)):
         if not value >= least:  # nan is not either
             raise UsageError(f"{name}={value} is too small; it is at least {least}")

@@ -160,7 +160,8 @@ def _same_start(path: Path, data: Dataset, backbone: dict | None) -> None:
         raise UsageError(f"{other}; bring that back, or name another workdir")
     if odd:
         changes = ", ".join(f"{key} {before[key]} -> {facts[key]}" for key in odd if key != "sample") or "other images"
-        raise DataError(f"{path.parent} was started on other data ({changes}); bring that back, or name another workdir")
+        remedy = "bring that back, or name another workdir, with pretrained= this one to go on from it"
+        raise DataError(f"{path.parent} was started on other data ({changes}); {remedy}")
 
 
 def _digest(tree: dict) -> str:

@@ -15,13 +15,14 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tensorstore
 
 from rotjax import checkpoints, manifests
-from rotjax.errors import CheckpointError, DesertedError, NonFiniteError
+from rotjax.errors import CheckpointError, DesertedError, NonFiniteError, UsageError
 from rotjax.files import digest
-from rotjax.state import TrainState
+from rotjax.state import TrainState, init_state
 
 
 def state(step, value=0.0):
@@ -295,6 +296,33 @@ def test_C4_a_disk_that_fills_during_a_save_leaves_the_earlier_ones(tmp_path):
     equal(restored(tmp_path), state(1, 1))
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE])
+def test_C3_checkpoints_that_cannot_be_listed_are_not_taken_for_none(tmp_path, monkeypatch, number):
+    saved(tmp_path, 1)
+
+    def fails(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", fails)
+        for look in (checkpoints.newest, checkpoints.latest_step):
+            with pytest.raises(CheckpointError, match=f"cannot be read .{os.strerror(number)}.; name another workdir$"):
+                look(tmp_path)
+        with pytest.raises(CheckpointError, match="cannot be written"), checkpoints.open_checkpoints(tmp_path):
+            pass
+    equal(restored(tmp_path), state(1, 1))
+
+
+def test_C12_a_damaged_step_takes_the_place_of_no_sound_one(tmp_path, notes):
+    saved(tmp_path, 1, 2)
+    files(tmp_path / "2")[0].write_text("damaged")
+    saved(tmp_path, 3)
+    assert manifests.steps(tmp_path) == [3, 1]
+    files(tmp_path / "3")[0].write_text("damaged")
+    equal(restored(tmp_path), state(1, 1))
+    assert len(notes) == 1 and notes[0].endswith("trying step 1")
+
+
 def test_C4_what_is_still_written_of_a_save_that_failed_is_cleared_away_later(tmp_path, monkeypatch):
     """One part failed, while Orbax goes on with the others."""
     saved(tmp_path, 1)
@@ -361,6 +389,42 @@ def test_C13_a_state_that_training_spoilt_takes_the_place_of_no_other(tmp_path):
     with checkpoints.open_checkpoints(tmp_path) as opened, pytest.raises(NonFiniteError, match="not finite at step 3"):
         checkpoints.save(opened, bad)
     assert sorted(manifests.steps(tmp_path)) == [1, 2]
+
+
+@pytest.mark.parametrize("abstract", [jax.device_get, lambda given: jax.eval_shape(lambda: given), lambda given: given])
+def test_any_network_and_optimizer_are_restored_as_they_were_saved(tmp_path, abstract):
+    """Parts of other names, an infinity to begin with, a key of JAX's; into arrays or shapes, on the host or on devices."""
+    params = {name: {"kernel": jnp.arange(3.0) + number} for number, name in enumerate(("trunk", "projector", "out"))}
+    optimizer = optax.chain(optax.add_noise(0.1, 0.5, key=0), optax.adam(1e-3), optax.contrib.reduce_on_plateau())
+    state = init_state(optimizer, {"params": params, "batch_stats": {"trunk": {"mean": jnp.zeros(3)}}})
+    assert any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state))
+    assert np.isinf(jax.tree.leaves(state.opt_state[2])).any()
+    with checkpoints.open_checkpoints(tmp_path) as opened:
+        checkpoints.save(opened, state)
+    again = checkpoints.restore(tmp_path, 0, abstract(state))
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    for one, other in zip(*map(jax.tree.leaves, (again, state)), strict=True):
+        assert one.dtype == other.dtype and bool((one == other).all())
+
+
+def test_a_part_of_the_network_called_optimizer_is_refused(tmp_path):
+    optimizer = optax.sgd(1.0)
+    with checkpoints.open_checkpoints(tmp_path) as opened, pytest.raises(UsageError, match="give it another name$"):
+        checkpoints.save(opened, init_state(optimizer, {"params": {"optimizer": jnp.zeros(1)}}))
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # Orbax's, of the other parts
+@pytest.mark.parametrize("optimizer", [optax.sgd(1.0), optax.adam(1.0)])
+def test_C7_another_optimizer_is_refused_in_a_line(tmp_path, optimizer):
+    variables = {"params": {"head": jnp.zeros(3)}}
+    with checkpoints.open_checkpoints(tmp_path) as opened:
+        checkpoints.save(opened, init_state(optax.lion(1.0), variables))
+    with pytest.raises(CheckpointError, match="structures do not match.* the optimizer that it was saved with$") as caught:
+        checkpoints.restore(tmp_path, 0, init_state(optimizer, variables))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    del caught
+    gc.collect()
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # Orbax's, of the other parts
@@ -431,7 +495,7 @@ def open_forged(connection, directory):
         connection.send(str(error))
 
 
-REFUSED = "step 1 in {} cannot be loaded: "
+REFUSED = "step 1 in {} cannot be loaded ("
 
 
 @pytest.mark.parametrize(

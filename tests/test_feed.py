@@ -252,6 +252,9 @@ def test_what_is_not_said_suits_the_devices(plan, monkeypatch, caplog):
     assert feeds.choose(plan, None, None, None) == feeds.Feed("host", 1, 0) and not caplog.text
     with pytest.raises(UsageError, match="^steps_per_dispatch=9 is out of range; it is at least 1 and here at most 8"):
         feeds.choose(plan, None, 9, None)
+    for given in (dict(per_dispatch=1.5, threads=None), dict(per_dispatch=None, threads=0.5)):
+        with pytest.raises(UsageError, match="=[01].5 is no integer; give one$"):
+            feeds.choose(plan, None, **given)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for memory, where in (({"bytes_limit": 10**6}, "device"), ({"bytes_limit": 10**4}, "host"), (None, "host")):
         monkeypatch.setattr(jax, "local_devices", lambda memory=memory: [Device(memory)])

@@ -121,6 +121,8 @@ def test_a_loss_that_begins_far_off_does_not_flatten_the_curve(first, scale):
     if scale == "log":
         assert {"1", "100", "10000"} <= set(labels) and not any("$" in label for label in labels), "no raw mathematics"
     assert loss.get_legend_handles_labels()[1] == ["train, 0.12 at the end", "test, 0.25 at the end"]
+    for axes in (loss, accuracy):
+        assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0, "it covers no curve"
 
 
 def test_a_figure_of_noise_stays_small(tmp_path):
@@ -229,6 +231,12 @@ def test_progress_is_a_bar_on_a_terminal(runs, capsys, monkeypatch):
     assert "step 4/4" in out and "epoch 2/2" in out and "images/s" in out
     *_, last, end = out.split("\r")
     assert last.isspace() and end == "", "the bar is gone in the end"
+
+
+@pytest.mark.parametrize(("right", "count", "luck"), [(0.3, 20, True), (0.3, 2000, False), (0.1, 2000, True)])
+def test_a_network_that_only_guesses_is_told(right, count, luck):
+    (_, line), *_ = report.facts(SUMMARY | {"rotation_accuracy": right, "test_images": count})
+    assert line.endswith(": no better than chance, 25%") == luck
 
 
 def test_facts_are_those_of_the_summary():

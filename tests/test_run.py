@@ -387,7 +387,24 @@ def test_a_cadence_that_is_none_is_refused_before_anything_is_written(data, tmp_
     for name, value, least in (("log_steps", 0, 1), ("checkpoint_seconds", -1.0, 0), ("checkpoint_seconds", math.nan, 0)):
         with pytest.raises(UsageError, match=f"^{name}={value} is too small; it is at least {least}$"):
             list(rotjax.train(plan, tmp_path / "run", **{name: value}))
+    for name in ("log_steps", "steps_per_dispatch", "threads"):
+        with pytest.raises(UsageError, match=f"^{name}=1.5 is no integer; give one$"):
+            list(rotjax.train(plan, tmp_path / "run", **{name: 1.5}))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_of_a_user_that_is_not_there_is_refused(data):
+    workdir = "~nobody-of-this-name/run"
+    recipe, plan = rotjax.Rotation(**SMALL), rotjax.plan(rotjax.Rotation(**SMALL), data=data)
+    jobs = [
+        partial(rotjax.load, workdir),
+        partial(next, rotjax.train(plan, workdir)),
+        partial(rotjax.plan, recipe, data=data, workdir=workdir),
+        partial(rotjax.plan, rotjax.Classification(pretrained=workdir, batch_size=8), data=data),
+    ]
+    for job in jobs:
+        with pytest.raises(UsageError, match=f"^{workdir} is in no folder .*; name another, without ~$"):
+            job()
 
 
 @pytest.mark.parametrize("trainable", ["head", "last_block"])
@@ -497,6 +514,7 @@ def test_the_mean_and_std_of_the_pixels_travel_with_the_backbone(data, tmp_path)
         (dict(subset=99), UsageError, "^subset=99 is more than the 16 images of class a; use"),
         (dict(subset=2), UsageError, "^batch_size=8 is larger than the training set of 6"),
         (dict(learning_rate=float("nan")), UsageError, "^learning_rate=nan"),
+        (dict(learning_rate=10**400), UsageError, "^learning_rate=10{400} is out of range; it is a finite number"),
         (dict(image_size=16), UsageError, "^image_size=16 contradicts data of 8 px; leave it out"),
     ],
 )
@@ -511,8 +529,9 @@ def test_a_pretrained_run_that_is_not_there_is_refused(data, tmp_path):
 
     with pytest.raises(CheckpointError, match="no recipe.json"):
         plan(tmp_path / "missing")
-    with pytest.raises(UsageError, match="^pretrained=rotation-x@15 is the name of a run and a step; give the workdir of"):
-        plan("rotation-x@15")
+    for name in ("rotation-x@15", f"{'x' * 300}@15"):  # the last is longer than any file's
+        with pytest.raises(UsageError, match=f"^pretrained={name} is the name of a run and a step; give the workdir of"):
+            plan(name)
     (tmp_path / "recipe.json").write_text("[]")
     with pytest.raises(CheckpointError, match="recipe.json is a file, or below one; name the workdir of a finished run"):
         plan(tmp_path / "recipe.json")
@@ -697,8 +716,10 @@ def test_a_backbone_that_has_seen_the_validation_images_is_told(pretrained, data
     rotjax.plan(rotjax.Classification(**given), data=data)
     rotjax.plan(rotjax.Classification(validation=0.25, **given), data=dataclasses.replace(data, name="others"))
     assert not any("validation" in note for note in notes)
-    rotjax.plan(rotjax.Classification(validation=0.25, **given), data=data)
-    assert any("pretrained on the validation images too" in note for note in notes)
+    for name in ("noise", "./noise", os.path.abspath("noise")):
+        notes.clear()
+        rotjax.plan(rotjax.Classification(validation=0.25, **given), data=dataclasses.replace(data, name=name))
+        assert any("pretrained on the validation images too" in note for note in notes)
 
 
 def test_C7_a_workdir_of_another_recipe_is_refused(pretrained, data):
@@ -868,6 +889,15 @@ assert not path.exists()
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], env=environment, check=True, timeout=600)
+
+
+def test_a_lock_file_of_any_bytes_is_taken_over(tmp_path, notes):
+    path = tmp_path / "run.lock"
+    path.write_bytes(b"\xff\xfe\0")
+    assert not locks.taken(path)
+    with locks.locked(path, "the run"):
+        assert locks.taken(path)
+    assert notes[0].startswith("taking the run over from")
 
 
 def test_a_disk_without_locks_is_told_and_used(tmp_path, monkeypatch, notes):

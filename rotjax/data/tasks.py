@@ -1,6 +1,7 @@
 """Tasks: functions `(images, labels, words) -> (images, labels)` that decide what is predicted, a class or a rotation.
 
-`words` are what chance decides of each image, uint32 `[STREAMS,B]` of `augmentation.draw`.
+`words` are what chance decides of each image, uint32 `[STREAMS,B]` of `augmentation.draw`. A task may give several views of
+each image, as many of all, those of an image beside each other.
 """
 
 from collections.abc import Callable
