@@ -13,7 +13,7 @@ import jax
 
 from experiments import command, peers, speed
 from experiments.flags import ResultsDir, default
-from experiments.outcomes import RESULTS, commit, read_result
+from experiments.outcomes import RESULTS, check_numbers, checked, commit, read_result
 from experiments.ratios import ROWS, Row
 from experiments.report import complain, say
 from experiments.tables import table
@@ -74,6 +74,7 @@ def run(
     if (count := jax.device_count()) > 1:
         raise UsageError(f"the peers use one device and here are {count}; set CUDA_VISIBLE_DEVICES=0 or TPU_VISIBLE_CHIPS=0")
     if profile:
+        command.made(profile)
         step = speed.train_rate("resnet18", "imagenet")
         with jax.profiler.trace(str(profile)):
             step()
@@ -81,6 +82,7 @@ def run(
         return
     code = commit()  # before the first result changes the clone
     folder, failed = command.made(results / "benchmark" / _named(jax.devices()[0].device_kind)), []
+    page(results / "benchmark")  # now, before there is anything to lose
     here = "cpu" if jax.default_backend() == "cpu" else "gpu"
     for row in asked:
         if here not in row.kinds and (here == "cpu" or not only):
@@ -94,7 +96,11 @@ def run(
             continue
         finally:
             peers.release()
-        write_json(folder / f"{row.name}.json", result)
+        path = folder / f"{row.name}.json"
+        if result["ratio"] is None and path.exists() and _result(path)["ratio"] is not None:
+            say(f"{row.name:10} is left as it was measured: {_line(row, result)[3]}")
+            continue
+        write_json(path, result)
         write(results / "performance.md", page(results / "benchmark"))
         name, what, goal, ratio, ours, theirs = _line(row, result)
         sides = f"{ours} / {theirs}" if theirs else ours
@@ -138,7 +144,7 @@ def page(folder: Path) -> str:
         f"{speed.BATCH} and float32 unless said. The figures of the sides are medians too, each of its own."
     ]
     for device in sorted(path for path in folder.iterdir() if path.is_dir()):
-        results = {path.stem: read_result(path, *FIELDS) for path in device.glob("*.json")}
+        results = {path.stem: _result(path) for path in device.glob("*.json")}
         if not results:
             continue
         facts = sorted({_facts(result) for result in results.values()})
@@ -156,13 +162,24 @@ def page(folder: Path) -> str:
         if missing := [row.name for row in ROWS if row.name not in results and kind in row.kinds]:
             parts.append(f"Not measured yet (`--only=ROW` measures one): {', '.join(missing)}.")
     path = folder / "tried.json"
-    tried = [
-        (one["change"], one["predicted"], one["outcome"], "yes" if one["kept"] else "no")
-        for one in (json.loads(path.read_text()) if path.exists() else [])
-    ]
+    with checked(path):
+        tried = [
+            (one["change"], one["predicted"], one["outcome"], "yes" if one["kept"] else "no")
+            for one in (json.loads(path.read_text()) if path.exists() else [])
+        ]
     heading = "## What was tried\n\nOn two CPU cores, unless said."
     parts += [heading, table(("change", "predicted", "outcome", "kept"), tried)] if tried else []
     return "\n\n".join(parts) + "\n"
+
+
+def _result(path: Path) -> dict:
+    """What was measured of a row; raises CheckpointError for another file."""
+    result = read_result(path, *FIELDS)
+    with checked(path):
+        sides = [result[name] for name in ("theirs", "ratio") if result[name] is not None]
+        check_numbers(result["ours"], *sides, *result["ratios"])
+        str(result["versions"]["jax"])
+    return result
 
 
 def _named(device: str) -> str:

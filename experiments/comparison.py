@@ -22,11 +22,13 @@ CURVES = {  # of Figure 1: the row of all images, label, colour
 
 
 def draw(folder: Path, outcomes: Sequence[Outcome]) -> None:
-    """Draws in `folder` those of FIGURES that `outcomes` have what is needed for."""
+    """Draws in `folder` those of FIGURES that `outcomes` have what is needed for, and removes the others."""
     with plots.styled():
         for name, make in FIGURES.items():
             if figure := make(outcomes):
                 plots.save(figure, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
 
 
 def subset_curves(outcomes: Sequence[Outcome]) -> Figure | None:
@@ -119,7 +121,7 @@ def _over_epochs(
 
 
 def _confusion(outcomes: Sequence[Outcome], row: str, what: str) -> Figure | None:
-    summed = [one for one in outcomes if one.key[:2] == (row, "")]
+    summed = [one for one in outcomes if one.key[:2] == (row, "") and one.summary["confusion"]]
     if not summed:
         return None
     matrix = np.sum([one.summary["confusion"] for one in summed], axis=0)

@@ -97,12 +97,13 @@ def _curves(run: _Run) -> Figure | None:
     recipe, epoch_steps, path = run.plan.recipe, run.plan.epoch_steps, run.workdir / "metrics.jsonl"
     if not path.exists():  # it was lost since, which is no reason to go without the other figures
         return None
-    rows = read_rows(path)
+    if not (rows := [row for row in read_rows(path) if "test_loss" in row]):
+        return None
     falls = [step // epoch_steps for step in run.plan.boundaries]
     title = f"{_data(recipe)}: {recipe.backbone} learns to predict {what(recipe)}"
     tested = recipe.tested_on.partition(" ")[0]
     caption = f"Tested on one random turn of each of the {recipe.tested_on}" if recipe.job == "rotation" else ""
-    return plots.curves([row for row in rows if "test_loss" in row], epoch_steps, falls, title, caption, tested)
+    return plots.curves(rows, epoch_steps, falls, title, caption, tested)
 
 
 def _predictions(run: _Run) -> Figure:

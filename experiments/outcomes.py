@@ -3,7 +3,8 @@
 import re
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 from experiments.rows import ROWS, STRONG, WHOLE, named
 from rotjax.errors import CheckpointError, reason
 from rotjax.files import read_json, read_rows
+from rotjax.workdirs import TOLD
 
-TOLD = {"steps", "confusion", "device", "wall_seconds", "resumed_from"}  # that a run's summary is to say besides its scores
 PROBED = ("run", "accuracy", "dataset", "image_size", "train_images", "tested_on", "neighbors", "stages")
 PROBES = ("linear", "neighbors")  # what `experiments.probe` puts on top of features
+NETWORKS = ("random", "trained")  # whose features these are
+DRAWN = {"backbone", "dataset", "image_size", "classes", "max_steps"}  # fields of a recipe that tables and figures show
 CLONE = Path(__file__).parent / "results"
 RESULTS = CLONE if CLONE.is_dir() else Path("results")  # which an installed package comes without
 
@@ -62,23 +65,38 @@ def _outcome(path: Path) -> Outcome:
         rows = read_rows(path.with_suffix(".jsonl"))
     except CheckpointError:
         rows = []
-    try:
+    with checked(path):
         one = Outcome(path.stem, **read_result(path), epochs=[row for row in rows if "test_accuracy" in row])
         if (name := named(*one.key, one.recipe["max_steps"], one.seed)) != path.stem:
             raise ValueError(f"but of {name}")
-        if missing := TOLD - one.summary.keys():
-            raise ValueError(f"its summary lacks {', '.join(sorted(missing))}")
+        if missing := (TOLD - one.summary.keys()) | (DRAWN - one.recipe.keys()):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         if one.row not in (*ROWS, *STRONG):
             raise ValueError(f"there is no row {one.row}")
         if not 0 <= one.score <= 100:
             raise ValueError(f"accuracy {one.score:.2f}%")
+        check_numbers(one.summary["wall_seconds"], *(epoch["train_accuracy"] for epoch in one.epochs))
         numbered = [row["epoch"] for row in one.epochs] == [*range(1, len(one.epochs) + 1)]
         complete = numbered and bool(one.epochs) and one.epochs[-1]["step"] == one.summary["steps"]
-    except (TypeError, KeyError, ValueError) as error:  # of a field that is missing, or that is none
-        raise CheckpointError(f"{path} is no result of a run ({reason(error)}); move it elsewhere") from error
     if not complete:
         raise CheckpointError(f"{path}l is missing or damaged; remove it and {path.name}, and run again what wrote them")
     return one
+
+
+@contextmanager
+def checked(path: Path) -> Iterator[None]:
+    """Turns what a field that is missing, or that is none, raises in a block that reads `path` into CheckpointError."""
+    try:
+        yield
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is no result of a run ({reason(error)}); move it elsewhere") from error
+
+
+def check_numbers(*values: Any) -> None:
+    """Raises TypeError for what is no number."""
+    for value in values:
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{value!r} is no number")
 
 
 def _place(one: Outcome) -> tuple:
@@ -94,16 +112,24 @@ def controls(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _control(path: Path) -> dict[str, Any]:
     result = read_result(path, "summary")
-    try:
-        accuracy(result["summary"])
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} is no result of a run ({reason(error)}); move it elsewhere") from error
+    with checked(path):
+        check_numbers(accuracy(result["summary"]))
+        result.get("recipe", {}).keys()
     return result
 
 
 def probes(folder: Path) -> list[dict[str, Any]]:
     """What `experiments.probe` left of each run and data set, by name."""
-    return [read_result(path, *PROBED) for path in sorted((folder / "probes").glob("*.json"))]
+    return [_probe(path) for path in sorted((folder / "probes").glob("*.json"))]
+
+
+def _probe(path: Path) -> dict[str, Any]:
+    result = read_result(path, *PROBED)
+    with checked(path):
+        check_numbers(result["accuracy"], result["train_images"])
+        for stage in result["stages"]:
+            check_numbers(*(stage[kind][network] for kind in PROBES for network in NETWORKS))
+    return result
 
 
 def read_result(path: Path, *fields: str) -> dict[str, Any]:

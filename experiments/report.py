@@ -185,7 +185,8 @@ def facts(summary: dict) -> list[tuple[str, str]]:
     else:
         lines = [("accuracy", f"{summary['accuracy']:.2%} on {count:,} {images}")]
     lines.append(("data set", f"{summary['dataset']}, {summary['train_images']:,} training images"))
-    width = f", width {summary['width']}" if summary["width"] != presets.REPORT["rotation"]["width"] else ""
+    usual = presets.REPORT["rotation"]["width"]
+    width = f", width {given}" if (given := summary.get("width", usual)) != usual else ""  # older ones do not say it
     lines.append(("network", f"{summary['backbone']}, {summary['stem']} stem{width}"))
     epochs = summary["epochs"]
     lines.append(("trained for", f"{epochs:g} epoch{'s' * (epochs != 1)}, {summary['steps']:,} steps, seed {seed}"))

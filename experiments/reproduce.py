@@ -14,8 +14,8 @@ from experiments.outcomes import RESULTS, accuracy, commit, read_result
 from experiments.report import say
 from experiments.rows import Run, runs, shortened
 from rotjax import manifests
-from rotjax.errors import UsageError
-from rotjax.files import read_rows, write, write_json, writing
+from rotjax.errors import CheckpointError, UsageError, reason
+from rotjax.files import read_rows, write, write_json
 from rotjax.locks import taken
 from rotjax.presets import Preset
 from rotjax.recipe import Classification
@@ -135,12 +135,18 @@ def carry_out(run: Run, settings: Settings) -> None:
     }
     if run.after:
         result["pretext"] = accuracy(read_summary(settings.workdirs / run.after.name))
-    with writing(settings.results):
+    pictures = PICTURED.get(run.name, {})
+    try:
+        metrics, *drawn = ((workdir / name).read_bytes() for name in ("metrics.jsonl", *pictures))
+    except OSError as error:
+        lost = f"{error.filename} cannot be read ({reason(error)})"
+        raise CheckpointError(f"{lost}; bring it back, or remove {workdir}: the same command trains it anew") from error
+    with tables.claimed(settings.results):
         (folder / f"{run.name}.json").unlink(missing_ok=True)  # or a kill would leave it beside metrics of another training
-        write(folder / f"{run.name}.jsonl", (workdir / "metrics.jsonl").read_bytes())
-        for name, kept in PICTURED.get(run.name, {}).items():
-            write(settings.results / kept, (workdir / name).read_bytes())
-    write_json(folder / f"{run.name}.json", result)  # last: with it the run is done, see `done`
+        write(folder / f"{run.name}.jsonl", metrics)
+        for kept, picture in zip(pictures.values(), drawn, strict=True):
+            write(settings.results / kept, picture)
+        write_json(folder / f"{run.name}.json", result)  # last: with it the run is done, see `done`
     tables.write(settings.results)
 
 

@@ -4,13 +4,25 @@ import math
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
 from experiments import command, comparison
 from experiments.flags import ResultsDir
-from experiments.outcomes import PROBES, RESULTS, Outcome, accuracy, controls, load, mean_and_spread, probes, subset_scores
+from experiments.outcomes import (
+    NETWORKS,
+    PROBES,
+    RESULTS,
+    Outcome,
+    accuracy,
+    controls,
+    load,
+    mean_and_spread,
+    probes,
+    subset_scores,
+)
 from experiments.report import say
 from experiments.rows import ROWS, STRONG, SUBSETS, WHOLE, Run, every, runs
 from rotjax import files
@@ -57,9 +69,16 @@ def old(folder: Path) -> bool:
     return not page.exists() or any(path.stat().st_mtime_ns > page.stat().st_mtime_ns for path in results)
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Lets one process after the other write in the `folder` of results; raises CheckpointError where it cannot."""
+    with files.writing(folder), locked(folder / ".lock", f"the page of {folder}", wait=True):
+        yield
+
+
 def write(folder: Path) -> None:
     """Writes `README.md` and the figures in `folder` from the results in `folder/runs`, one process after the other."""
-    with files.writing(folder), locked(folder / ".lock", f"the page of {folder}", wait=True):
+    with claimed(folder):
         outcomes = load(folder)
         comparison.draw(folder, [one for one in outcomes if one.whole])
         pictures = [path.name for path in folder.glob("*.png")]
@@ -248,13 +267,12 @@ def _probes(probed: Sequence[dict], scores: Mapping[str, float]) -> list[str]:
             f"{one['neighbors']} nearest of {one['train_images']:,} images. random: random weights; trained: those of a run "
             f"with {one['accuracy']:.2f} % at its own task."
         )
-        networks = ("random", "trained")
-        header = ["stage", "values", *(f"{kind}, {network}" for kind in PROBES for network in networks)]
+        header = ["stage", "values", *(f"{kind}, {network}" for kind in PROBES for network in NETWORKS)]
         lines = [
             (
                 stage["stage"],
                 stage["values"],
-                *(f"{100 * stage[kind][network]:.2f}" for kind in PROBES for network in networks),
+                *(f"{100 * stage[kind][network]:.2f}" for kind in PROBES for network in NETWORKS),
             )
             for stage in one["stages"]
         ]

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
@@ -69,7 +70,7 @@ class Recipe:
     cutout: float = DEFERRED
     """Side of a grey square put at random into each training image, as a share of the image's; 0: none."""
     label_smoothing: float = DEFERRED
-    """Share of each label that is spread evenly over all classes in training."""
+    """Share of each label that is spread evenly over all classes in training, whose loss is larger for it."""
     validation: float = 0.0
     """Fraction of each class's training images held out and scored in place of the test images, for tuning; 0: off."""
     dtype: Literal["float32", "bfloat16"] = DEFERRED
@@ -143,8 +144,8 @@ class Recipe:
         """Fills None fields from the strong preset if chosen, else from the data set's defaults, else the report preset.
 
         With SGD its weight decay and its learning rate, in proportion to the batch (Goyal et al., 2017), come first. Among
-        other epochs than the default, drops of the rate come after the same share of them; a default warmup is at most half
-        of them, and ends before the first drop.
+        other epochs than the default, drops of the rate come after the same share of them, rounded up: they are no more; a
+        default warmup is at most half of them, and ends before the first drop.
         """
         values = presets.REPORT[self.job] | presets.of_dataset(self.dataset)
         share = values["decay_epochs"] / values["epochs"]
@@ -154,7 +155,7 @@ class Recipe:
             values |= presets.SGD
             values["learning_rate"] *= (self.batch_size or values["batch_size"]) / presets.SGD_BATCH
         epochs = self.epochs or values["epochs"]
-        values["decay_epochs"] = max(round(share * epochs), 1)
+        values["decay_epochs"] = math.ceil(share * epochs - 1e-9)
         warmups = [values["warmup_epochs"], epochs // 2]
         if (self.schedule or values["schedule"]) == "steps":
             warmups.append((self.decay_epochs or values["decay_epochs"]) - 1)

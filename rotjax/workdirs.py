@@ -20,6 +20,10 @@ from rotjax.locks import leads_to, locked
 from rotjax.recipe import Recipe
 from rotjax.recipe_json import differences, from_json, to_json
 
+TOLD = {  # by the summary of any run
+    "confusion", "dataset", "train_images", "test_images", "backbone", "stem", "seed", "epochs", "steps", "device",
+    "images_per_second", "wall_seconds", "resumed_from",
+}  # fmt: skip
 LOGS = (".out", ".err", ".log")  # which a cluster, or `> runs/name/run.log`, begins before the run
 
 
@@ -41,8 +45,10 @@ def read_summary(workdir: Path) -> dict:
     """The summary of the finished run in `workdir`; raises CheckpointError if it is unfinished or the file is damaged."""
     path = workdir / "summary.json"
     try:
-        if "confusion" not in (summary := read_json(path)):
-            raise ValueError("it is no summary")
+        if missing := TOLD - (summary := read_json(path)).keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if not {"accuracy", "rotation_accuracy"} & summary.keys():
+            raise ValueError("it lacks an accuracy")
     except FileNotFoundError:
         raise CheckpointError(f"{workdir} is not finished; let it train to its end") from None
     except (OSError, ValueError) as error:

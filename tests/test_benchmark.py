@@ -61,6 +61,34 @@ def test_without_its_peer_a_row_shows_rotjax_alone(tmp_path):
     assert "| the other side needs torch | 5 images/s |  | " in page and "A-GPU" not in page
 
 
+def test_without_its_peer_a_row_is_left_as_it_was_measured_with_it(tmp_path, capsys, monkeypatch):
+    theirs = [lambda: 1.0, None]
+    row = ratios.Row("y", "rotjax / PyTorch", 1.0, True, lambda: (lambda: 2.0, theirs.pop(0)))
+    monkeypatch.setattr(benchmark, "ROWS", (row,))
+    benchmark.run("", 1, tmp_path)
+    before = (tmp_path / "benchmark" / "cpu" / "y.json").read_text()
+    benchmark.run("", 1, tmp_path)
+    assert (tmp_path / "benchmark" / "cpu" / "y.json").read_text() == before
+    assert "is left as it was measured: the other side needs torch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("cpu/j.json", "{"), ("tried.json", "["), ("tried.json", "[{}]"), ("cpu/j.json", json.dumps({"versions": {}}))]
+    + [
+        ("cpu/j.json", json.dumps(dict(ours=1, theirs=1, ratio=ratio, ratios=[], device="", versions=versions)))
+        for ratio, versions in (("1", {"jax": "0"}), (1, {}))
+    ],
+)
+def test_a_result_that_is_damaged_is_told_before_a_row_is_measured(tmp_path, monkeypatch, name, content):
+    path = tmp_path / "benchmark" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    monkeypatch.setattr(benchmark, "measure", None)
+    with pytest.raises(CheckpointError, match=f"^{path} "):
+        benchmark.run("a", 1, tmp_path)
+
+
 def test_the_median_is_that_of_the_ratios_of_each_turn():
     ours, theirs = iter([2.0, 30.0, 4.0]), iter([1.0, 10.0, 4.0])
     result = benchmark.measure(ratios.Row("x", "", 1.0, True, lambda: (lambda: next(ours), lambda: next(theirs))), 3)

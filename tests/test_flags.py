@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 import rotjax
 from experiments import benchmark, command, control, predict, prepare, probe, reliability, reproduce, tables
 from rotjax.recipe_json import to_json
+from rotjax.workdirs import TOLD
 
 RUN = tempfile.TemporaryDirectory()  # a workdir, of which only the recipe and the summary are read before flags are refused
 (Path(RUN.name) / "recipe.json").write_text(json.dumps(to_json(rotjax.Rotation(dataset="digits", image_size=32).resolved())))
-(Path(RUN.name) / "summary.json").write_text('{"confusion": []}')
+(Path(RUN.name) / "summary.json").write_text(json.dumps(dict.fromkeys([*TOLD, "accuracy"], 0)))
 COMMANDS = {  # and words that they need beside the flag
     "rotation": (lambda: command.main(rotjax.Rotation), ["--dataset=digits"]),
     "classification": (lambda: command.main(rotjax.Classification), ["--dataset=digits"]),

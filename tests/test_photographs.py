@@ -79,15 +79,16 @@ def test_a_folder_by_its_path_and_sizes_out_of_range(folder):
             sources.load(name, image_size=0)
 
 
-def test_the_test_images_are_known_by_their_files(folder):
+def test_images_are_known_by_their_files(folder):
     paint_classes(folder, 20)
     for name in ("cats/00.png", "dogs/19.png", "dogs/07.png"):
         (folder / name).write_text("damaged")
     data = load(folder, SIZE)
-    assert len(data.files) == len(data.test["label"]) >= 2
-    for name, image in zip(data.files, data.test["image"], strict=True):
-        np.testing.assert_array_equal(image, np.asarray(Image.open(folder / name)))
-    assert sources.validated(data, 0.5).files == ()
+    for part in (data, sources.validated(data, 0.5)):
+        assert len(part.files) == len(part.test["label"]) >= 2
+        for names, arrays in ((part.files, part.test), (part.train_files, part.train)):
+            for name, image in zip(names, arrays["image"], strict=True):
+                np.testing.assert_array_equal(image, np.asarray(Image.open(folder / name)))
 
 
 def test_the_held_out_share_never_changes(folder):

@@ -120,7 +120,7 @@ def test_what_cannot_be_probed_is_refused(workdir, tmp_path):
     ):
         probe.run(workdir, str(tmp_path), None, None, 5)
     unfinished = shutil.copytree(workdir, tmp_path / "unfinished")
-    for odd in ("", "[]", '{"accuracy": ', "{}"):
+    for odd in ("", "[]", '{"accuracy": ', "{}", '{"confusion": []}'):
         (unfinished / "summary.json").write_text(odd)
         with pytest.raises(CheckpointError, match=r"summary.json cannot be read .*; remove it"):
             probe.run(unfinished, None, None, None, 5)

@@ -93,8 +93,10 @@ def test_figures_of_a_run(runs, job, tmp_path):
     assert {path: path.read_bytes() for path in workdir.glob("*.*")} == before, "older than the summary: drawn anew"
     for name in ("metrics.jsonl", "curves.png"):
         (workdir / name).rename(tmp_path / name)
-    figures.draw(workdir, this)
-    assert not (workdir / "curves.png").exists(), "what it shows is lost, which is no reason to end"
+    for lose in (lambda path: None, Path.touch):
+        lose(workdir / "metrics.jsonl")
+        figures.draw(workdir, this)
+        assert not (workdir / "curves.png").exists(), "what it shows is lost, which is no reason to end"
     for name in ("metrics.jsonl", "curves.png"):
         (tmp_path / name).rename(workdir / name)
 
@@ -254,6 +256,8 @@ def test_facts_are_those_of_the_summary():
     ):
         assert part in text
     assert "resumed" not in text
+    older = {name: value for name, value in SUMMARY.items() if name != "width"}
+    assert report.facts(older) == facts
     assert "since step 8,000" in dict(report.facts(SUMMARY | {"resumed_from": 8000}))["time"]
     resumed_at_the_end = dict(report.facts(SUMMARY | {"images_per_second": None}))
     assert resumed_at_the_end["device"] == "1 x cpu"

@@ -140,6 +140,15 @@ def test_one_command_runs_what_is_missing_and_then_nothing_but_not_a_changed_rec
     result.write_text(result.read_text().replace('"accuracy": 0.', '"accuracy": 0.0'))  # of another training
     reproduce.run(small)
     assert outcomes.read_result(result)["summary"] == json.loads((small.workdirs / result.stem / "summary.json").read_text())
+    metrics = small.workdirs / result.stem / "metrics.jsonl"
+    kept, lost = result.read_text().replace('"accuracy": 0.', '"accuracy": 0.0'), metrics.read_bytes()
+    result.write_text(kept)
+    metrics.unlink()
+    with pytest.raises(CheckpointError, match=f"^{metrics} cannot be read .*; bring it back, or remove {metrics.parent}:"):
+        reproduce.run(small)
+    assert result.read_text() == kept, "the result is not gone before there is another"
+    metrics.write_bytes(lost)
+    reproduce.run(small)
     (rotations, classes) = reproduce.runs(1, "report")
     changed = dataclasses.replace(classes, recipe=dataclasses.replace(classes.recipe, learning_rate=0.5))
     monkeypatch.setattr(reproduce, "runs", lambda seeds, preset: [rotations, changed])
@@ -387,11 +396,35 @@ def test_a_result_that_is_none_is_named_in_a_line(tmp_path, content):
         ),
         (
             lambda path: path.write_text(path.read_text().replace('"device"', '"machine"')),
-            r"seed0.json is no result of a run \(its summary lacks device\); move it elsewhere",
+            r"seed0.json is no result of a run \(it lacks device\); move it elsewhere",
         ),
         (
             lambda path: made(path.parents[1] / "controls").joinpath(path.name).write_text('{"summary": {}}'),
             r"controls/3b-classification-seed0.json is no result of a run \('accuracy'\); move it elsewhere",
+        ),
+        (
+            lambda path: (
+                made(path.parents[1] / "controls")
+                .joinpath(path.name)
+                .write_text('{"summary": {"accuracy": 0.5}, "recipe": null}')
+            ),
+            r"controls/3b-classification-seed0.json is no result of a run \(.*; move it elsewhere",
+        ),
+        (
+            lambda path: (
+                made(path.parents[1] / "probes")
+                .joinpath("x.json")
+                .write_text(json.dumps(dict.fromkeys(outcomes.PROBED, 1) | {"stages": [{"linear": {"random": 0.5}}]}))
+            ),
+            r"probes/x.json is no result of a run \('trained'\); move it elsewhere",
+        ),
+        (
+            lambda path: path.write_text(path.read_text().replace('"wall_seconds": ', '"wall_seconds": null, "other": ')),
+            r"seed0.json is no result of a run \(None is no number\); move it elsewhere",
+        ),
+        (
+            lambda path: path.write_text(path.read_text().replace('"backbone"', '"network"')),
+            r"seed0.json is no result of a run \(it lacks backbone\); move it elsewhere",
         ),
     ],
 )
@@ -401,8 +434,23 @@ def test_a_result_that_is_damaged_or_there_twice_is_named_in_a_line(tmp_path, sp
         shutil.copy(path, tmp_path / "runs")
     tables.write(tmp_path)
     spoil(tmp_path / "runs" / "3b-classification-seed0.json")
-    with pytest.raises(CheckpointError, match=line):
-        tables.write(tmp_path)
+    for look in (tables.check, tables.write):
+        with pytest.raises(CheckpointError, match=line):
+            look(tmp_path)
+
+
+def test_a_figure_of_results_that_are_gone_is_removed(tmp_path):
+    (tmp_path / "runs").mkdir()
+    for path in (outcomes.RESULTS / "runs").glob("3b-classification-seed0.json*"):
+        shutil.copy(path, tmp_path / "runs")
+    tables.write(tmp_path)
+    assert (tmp_path / "fine-tuning.png").exists() and "fine-tuning.png" in (tmp_path / "README.md").read_text()
+    for path in (tmp_path / "runs").iterdir():
+        path.unlink()
+    (tmp_path / "filters.png").touch()  # which a run leaves, not this page
+    tables.write(tmp_path)
+    assert not (tmp_path / "fine-tuning.png").exists() and (tmp_path / "filters.png").exists()
+    assert "fine-tuning.png" not in (tmp_path / "README.md").read_text()
 
 
 def test_pages_that_are_written_at_once_are_whole(tmp_path):

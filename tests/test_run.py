@@ -86,9 +86,12 @@ def test_arrays_of_jax_and_of_other_bytes_are_the_same_data(data):
 
 
 @pytest.mark.parametrize("files", [("one",), "ab"])
-def test_D5_files_of_another_number_than_the_test_images_are_refused(data, files):
-    with pytest.raises(DataError, match=f"noise has 11 test images and {len(files)} files; name each, or none"):
-        dataclasses.replace(data, files=files)
+@pytest.mark.parametrize(("names", "part"), [("files", "test"), ("train_files", "train")])
+def test_D5_files_of_another_number_than_the_images_are_refused(data, names, part, files):
+    count = len(getattr(data, part)["label"])
+    line = f"the {part} images of noise are {count}, their files {len(files)}; name each, or none"
+    with pytest.raises(DataError, match=f"^{line}$"):
+        dataclasses.replace(data, **{names: files})
 
 
 def test_a_matrix_of_too_many_classes_is_not_in_the_summary(data, tmp_path, monkeypatch):
@@ -607,6 +610,8 @@ def test_the_rate_falls_after_the_same_share_of_any_number_of_epochs(job, usual)
     assert job().resolved().decay_epochs == decay
     assert job(epochs=4 * epochs).resolved().decay_epochs == 4 * decay
     assert job(epochs=1).resolved().decay_epochs == 1
+    for few in range(1, 200):  # 45 epochs have two drops, 20 have one
+        assert (few - 1) // job(epochs=few).resolved().decay_epochs <= (epochs - 1) // decay
     assert job(epochs=4 * epochs, decay_epochs=7).resolved().decay_epochs == 7
     assert job(epochs=16, dataset="digits").resolved().decay_epochs == 12
     assert job(epochs=4 * epochs, preset="strong", schedule="steps").resolved().decay_epochs == 4 * decay

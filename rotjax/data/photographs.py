@@ -73,7 +73,7 @@ def load(folder: Path, image_size: int, progress: Callable = iter, batch_size: i
     classes = _checked(folder, classes, train, test, held_out, labelled)
     if not classes:
         train, test = ({"image": part["image"]} for part in (train, test))
-    return Dataset(folder.resolve().name, classes, train, test, tuple(names[border:]))
+    return Dataset(folder.resolve().name, classes, train, test, tuple(names[border:]), tuple(names[:border]))
 
 
 def listed(folder: Path) -> list[str]:

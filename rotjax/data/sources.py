@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def validated(data: Dataset, fraction: float) -> Dataset:
         raise UsageError(f"validation={fraction}: no class has two images to train on; leave it out")
     train, test = ({key: value[rows] for key, value in data.train.items()} for rows in (~mask, mask))
     log.info(f"{mask.sum():,} of {len(mask):,} training images stand in for the test images")
-    return dataclasses.replace(data, train=train, test=test, files=())
+    kept, files = (tuple(compress(data.train_files, rows)) for rows in (~mask, mask))
+    return dataclasses.replace(data, train=train, test=test, files=files, train_files=kept)
 
 
 def is_path(name: str) -> bool:
