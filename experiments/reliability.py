@@ -65,9 +65,9 @@ def known(path: Path = FAULTS) -> dict[str, dict]:
 def outcome(files: Iterable[Path]) -> dict:
     """What became of the tests in `files`, by the row that their names begin with; raises UsageError or DataError."""
     rows: defaultdict[str, Counter] = defaultdict(Counter)
-    for case in (case for path in files for case in _cases(path)):
-        if found := CODE.match(case.get("name", "")):
-            rows[found[1]].update(_counted(case))
+    for name, counts in (case for path in files for case in _cases(path)):
+        if found := CODE.match(name):
+            rows[found[1]].update(counts)
     if not rows:
         raise DataError("no test of a fault is in what pytest left; run those in tests/")
     numbers = {
@@ -77,12 +77,13 @@ def outcome(files: Iterable[Path]) -> dict:
     return {"versions": about, "rows": dict(sorted(numbers.items(), key=lambda row: (row[0][0], int(row[0][1:]))))}
 
 
-def _cases(path: Path) -> list[ElementTree.Element]:
+def _cases(path: Path) -> list[tuple[str, dict[str, float]]]:
+    """The name and the counts of each test in `path`."""
     try:
-        return list(ElementTree.parse(path).iter("testcase"))
+        return [(case.get("name", ""), _counted(case)) for case in ElementTree.parse(path).iter("testcase")]
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({reason(error)}); name what pytest --junitxml=FILE wrote") from error
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, ValueError) as error:  # of a number that is none
         raise DataError(f"{path} is not what pytest --junitxml=FILE writes ({error}); run the tests again") from error
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import statistics
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, get_args
@@ -190,8 +191,10 @@ def progress(run: Run, workdirs: Path) -> tuple[int, int]:
     total = min(recipe.epochs * (EPOCH_IMAGES[recipe.dataset] // recipe.batch_size), recipe.max_steps or sys.maxsize)
     metrics = workdirs / run.name / "metrics.jsonl"
     rows = read_rows(metrics) if metrics.exists() else []
-    saved = manifests.steps(workdirs / run.name / "checkpoints")
-    return max([0, *saved, *(row["step"] for row in rows)]), total
+    steps = [0, *(row["step"] for row in rows)]
+    with suppress(OSError):  # of what the run itself will tell
+        steps += manifests.steps(workdirs / run.name / "checkpoints")
+    return max(steps), total
 
 
 def cost(run: Run) -> float:

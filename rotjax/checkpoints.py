@@ -73,7 +73,7 @@ def save(checkpoints: Checkpoints, state: TrainState) -> None:
 
     Raises CheckpointError where this save cannot start, where a newer step is there, or where the save before failed,
     NonFiniteError for a state that `train_step` marked as not finite, which could not be restored, and UsageError for a
-    network with a part called `optimizer`.
+    network with a part called `optimizer` or `metrics`.
     """
     check_finite(state)
     parts = _parts(state)
@@ -115,7 +115,7 @@ def restore(directory: str | Path, step: int, state: TrainState) -> TrainState:
     """The state saved at `step`, with the shapes and shardings of `state`; raises as `load_parts`."""
     parts = load_parts(directory, step, _parts(state))
     rest = parts.pop("optimizer")
-    return TrainState(variables=joined(parts), **rest)
+    return TrainState(variables={name: {} for name in state.variables} | joined(parts), **rest)  # some are empty
 
 
 def newest(directory: str | Path) -> int | None:
@@ -154,8 +154,8 @@ def load_parts(directory: str | Path, step: int, abstract: dict) -> dict:
 
     CheckpointError for a mismatch, and for NaN or infinity, but in the `optimizer`, which may begin with one.
     """
-    wanted = jax.tree.map(_wanted, abstract)
     try:
+        wanted = jax.tree.map(_wanted, abstract)
         parts = ocp.load_checkpointables(_absolute(Path(directory) / str(step)), wanted)
     except Exception as error:  # of Orbax, TensorStore, json: whatever odd content leads to
         cause: BaseException = error
@@ -167,8 +167,8 @@ def load_parts(directory: str | Path, step: int, abstract: dict) -> dict:
     for asked, found in zip(*map(jax.tree.leaves, (abstract, parts)), strict=True):
         if asked.dtype != found.dtype:
             raise CheckpointError(f"step {step} in {directory} holds {found.dtype}, not {asked.dtype}; name another workdir")
-    network = [tree for name, tree in parts.items() if name != "optimizer"]
-    if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(network)):
+    network = jax.tree.leaves([tree for name, tree in parts.items() if name != "optimizer"])
+    if not all(_is_key(leaf) or np.isfinite(np.asarray(leaf)).all() for leaf in network):
         raise CheckpointError(f"step {step} in {directory} holds values that are not finite; begin anew in another workdir")
     return parts
 
@@ -188,7 +188,7 @@ def _begin(directory: Path, step: int, size: int) -> None:
 
 
 def _finish(checkpoints: Checkpoints, step: int, size: int, response: ocp.AsyncResponse) -> None:
-    """Once all processes have written `step`, makes it valid and removes all but the newest `KEEP` sound checkpoints."""
+    """Once all processes have written `step`, makes it valid and removes what is older than the newest `KEEP` sound ones."""
     directory = checkpoints.directory
     try:
         response.result()
@@ -207,14 +207,19 @@ def _finish(checkpoints: Checkpoints, step: int, size: int, response: ocp.AsyncR
     try:
         listed = manifests.steps(directory)
         older = (other for other in listed if other < step and not manifests.damage(directory, other))
-        for other in set(listed) - {step, *islice(older, KEEP - 1)}:  # what is newer is damaged, see `_begin`
-            manifests.remove(directory, other)
+        kept = [step, *islice(older, KEEP - 1)]
+        for other in listed:
+            if other > step or (len(kept) == KEEP and other < kept[-1]):  # what is newer is damaged, see `_begin`
+                manifests.remove(directory, other)
     except OSError as error:
         log.warning(f"step {step} is saved in {directory}, but an older one cannot be removed ({reason(error)})")
 
 
 def _sound(directory: Path, step: int) -> bool:
-    return step in manifests.steps(directory) and not manifests.damage(directory, step)
+    try:
+        return step in manifests.steps(directory) and not manifests.damage(directory, step)
+    except OSError:  # which `_begin` will meet too
+        return False
 
 
 def _unsaved(directory: Path, step: int, size: int, error: Exception) -> CheckpointError:
@@ -252,8 +257,8 @@ def _absolute(path: Path) -> str:
 
 def _parts(state: TrainState) -> dict[str, dict]:
     names = {name for tree in state.variables.values() for name in tree}
-    if "optimizer" in names:
-        raise UsageError("a part of the network is called optimizer, as one of its checkpoint is; give it another name")
+    if taken := names & {"optimizer", "metrics"}:  # the last is Orbax's
+        raise UsageError(f"a part of the network is called {taken.pop()}, as one of checkpoints is; give it another name")
     network = {name: part(state.variables, name) for name in sorted(names)}
     return network | {"optimizer": {"step": state.step, "opt_state": state.opt_state, "sums": state.sums}}
 
@@ -268,6 +273,10 @@ class _Abstract:
 
 
 def _wanted(leaf: Any) -> _Abstract:
-    key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # which Orbax takes for its words, unless it is told
     sharding = getattr(leaf, "sharding", None) or replicated(data_mesh())
-    return _Abstract(leaf.shape, sharding, leaf.dtype if key else None)
+    return _Abstract(leaf.shape, sharding, leaf.dtype if _is_key(leaf) else None)
+
+
+def _is_key(leaf: Any) -> bool:
+    """Whether it is a key of JAX's, which Orbax takes for its words unless it is told."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -72,7 +72,7 @@ def _own_name() -> str:
 def taken(path: Path) -> bool:
     """Whether a process holds the lock file `path`."""
     try:
-        with open(path, "rb") as file:
+        with open(path) as file:
             return _is_locked(file)
     except OSError:
         return False

@@ -177,8 +177,7 @@ def _classes(recipe: Classification, data: Dataset) -> tuple[Classification, Dat
     check_classes(recipe.dataset, data.classes)
     if recipe.subset:
         rows = sources.subset(data.train["label"], recipe.subset, recipe.seed, data.classes)
-        train = {key: value[rows] for key, value in data.train.items()}
-        data = dataclasses.replace(data, train=train, train_files=())  # of which there are other images now
+        data = dataclasses.replace(data, train={key: value[rows] for key, value in data.train.items()})
     return dataclasses.replace(recipe, classes=data.classes), data
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import jax
 import pytest
@@ -25,6 +26,12 @@ def test_rows_are_chosen_by_letter_or_name():
     assert [row.name for row in benchmark.chosen("l-resnet18-512")] == ["l-resnet18-512"]
     with pytest.raises(UsageError, match="no row 'z'"):
         benchmark.chosen("a,z")
+
+
+def test_a_folder_of_a_profile_that_cannot_be_made_is_told_before_anything_compiles(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "train_rate", None)
+    with pytest.raises(CheckpointError, match="^cannot write in /proc/nothing"):
+        benchmark.run(results=tmp_path, profile=Path("/proc/nothing/here"))
 
 
 def test_a_row_is_measured_and_what_needs_a_gpu_is_not_made_up(tmp_path, capsys, monkeypatch):

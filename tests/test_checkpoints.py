@@ -22,7 +22,7 @@ import tensorstore
 from rotjax import checkpoints, manifests
 from rotjax.errors import CheckpointError, DesertedError, NonFiniteError, UsageError
 from rotjax.files import digest
-from rotjax.state import TrainState, init_state
+from rotjax.state import TrainState, init_state, no_sums
 
 
 def state(step, value=0.0):
@@ -297,7 +297,7 @@ def test_C4_a_disk_that_fills_during_a_save_leaves_the_earlier_ones(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE])
-def test_C3_checkpoints_that_cannot_be_listed_are_not_taken_for_none(tmp_path, monkeypatch, number):
+def test_C17_checkpoints_that_cannot_be_listed_are_not_taken_for_none(tmp_path, monkeypatch, number):
     saved(tmp_path, 1)
 
     def fails(*arguments):
@@ -310,6 +310,10 @@ def test_C3_checkpoints_that_cannot_be_listed_are_not_taken_for_none(tmp_path, m
                 look(tmp_path)
         with pytest.raises(CheckpointError, match="cannot be written"), checkpoints.open_checkpoints(tmp_path):
             pass
+    with checkpoints.open_checkpoints(tmp_path) as opened, monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", fails)
+        with pytest.raises(CheckpointError, match=f"step 2 was not saved .*{os.strerror(number)}; fix it, the same command"):
+            checkpoints.save(opened, state(2))
     equal(restored(tmp_path), state(1, 1))
 
 
@@ -317,10 +321,24 @@ def test_C12_a_damaged_step_takes_the_place_of_no_sound_one(tmp_path, notes):
     saved(tmp_path, 1, 2)
     files(tmp_path / "2")[0].write_text("damaged")
     saved(tmp_path, 3)
-    assert manifests.steps(tmp_path) == [3, 1]
     files(tmp_path / "3")[0].write_text("damaged")
     equal(restored(tmp_path), state(1, 1))
-    assert len(notes) == 1 and notes[0].endswith("trying step 1")
+    assert notes[-1].endswith("trying step 1")
+    saved(tmp_path, 4, 5)
+    assert manifests.steps(tmp_path) == [5, 4]
+
+
+def test_C12_a_step_that_cannot_be_read_at_present_is_not_removed(tmp_path, monkeypatch):
+    saved(tmp_path, 1)
+
+    def fails(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with checkpoints.open_checkpoints(tmp_path) as opened, monkeypatch.context() as patched:
+        patched.setattr(manifests, "read_json", fails)
+        checkpoints.save(opened, state(2))
+        checkpoints.wait(opened)
+    assert manifests.steps(tmp_path) == [2, 1]
 
 
 def test_C4_what_is_still_written_of_a_save_that_failed_is_cleared_away_later(tmp_path, monkeypatch):
@@ -392,11 +410,12 @@ def test_C13_a_state_that_training_spoilt_takes_the_place_of_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("abstract", [jax.device_get, lambda given: jax.eval_shape(lambda: given), lambda given: given])
-def test_any_network_and_optimizer_are_restored_as_they_were_saved(tmp_path, abstract):
+def test_C18_any_network_and_optimizer_are_restored_as_they_were_saved(tmp_path, abstract):
     """Parts of other names, an infinity to begin with, a key of JAX's; into arrays or shapes, on the host or on devices."""
     params = {name: {"kernel": jnp.arange(3.0) + number} for number, name in enumerate(("trunk", "projector", "out"))}
+    others = {"batch_stats": {"trunk": {"mean": jnp.zeros(3)}}, "losses": {}, "keys": {"trunk": jax.random.key(7)}}
     optimizer = optax.chain(optax.add_noise(0.1, 0.5, key=0), optax.adam(1e-3), optax.contrib.reduce_on_plateau())
-    state = init_state(optimizer, {"params": params, "batch_stats": {"trunk": {"mean": jnp.zeros(3)}}})
+    state = TrainState(jnp.int32(0), {"params": params} | others, optimizer.init(params), no_sums())
     assert any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state))
     assert np.isinf(jax.tree.leaves(state.opt_state[2])).any()
     with checkpoints.open_checkpoints(tmp_path) as opened:
@@ -407,10 +426,11 @@ def test_any_network_and_optimizer_are_restored_as_they_were_saved(tmp_path, abs
         assert one.dtype == other.dtype and bool((one == other).all())
 
 
-def test_a_part_of_the_network_called_optimizer_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["optimizer", "metrics"])
+def test_a_part_of_the_network_called_as_one_of_checkpoints_is_refused(tmp_path, name):
     optimizer = optax.sgd(1.0)
-    with checkpoints.open_checkpoints(tmp_path) as opened, pytest.raises(UsageError, match="give it another name$"):
-        checkpoints.save(opened, init_state(optimizer, {"params": {"optimizer": jnp.zeros(1)}}))
+    with checkpoints.open_checkpoints(tmp_path) as opened, pytest.raises(UsageError, match=f"{name}, .*another name$"):
+        checkpoints.save(opened, init_state(optimizer, {"params": {name: jnp.zeros(1)}}))
     assert not [*tmp_path.iterdir()]
 
 

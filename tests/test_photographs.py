@@ -1,5 +1,6 @@
 """Folders of photographs: layouts, held-out shares, every kind of file, and what is told of those left out."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -89,6 +90,8 @@ def test_images_are_known_by_their_files(folder):
         for names, arrays in ((part.files, part.test), (part.train_files, part.train)):
             for name, image in zip(names, arrays["image"], strict=True):
                 np.testing.assert_array_equal(image, np.asarray(Image.open(folder / name)))
+    fewer = dataclasses.replace(data, train={name: array[:5] for name, array in data.train.items()})
+    assert not fewer.train_files and fewer.files == data.files
 
 
 def test_the_held_out_share_never_changes(folder):

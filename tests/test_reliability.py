@@ -68,9 +68,11 @@ def test_the_command_makes_the_page_and_makes_it_anew(xml, tmp_path):
 def test_what_is_no_run_of_the_tests_is_refused(tmp_path):
     (tmp_path / "cut.xml").write_text(JUNIT[:99])
     (tmp_path / "other.xml").write_text("<testsuites/>")
+    (tmp_path / "odd.xml").write_text('<testsuites><testcase name="test_R1_x" time=""/></testsuites>')
     for name, error, message in (
         ("absent.xml", UsageError, "cannot be read"),
         ("cut.xml", DataError, "is not what pytest"),
+        ("odd.xml", DataError, "is not what pytest"),
         ("other.xml", DataError, "no test of a fault"),
     ):
         with pytest.raises(error, match=message):

@@ -439,6 +439,23 @@ def test_a_result_that_is_damaged_or_there_twice_is_named_in_a_line(tmp_path, sp
             look(tmp_path)
 
 
+def test_a_result_is_replaced_while_nobody_makes_the_page(small, monkeypatch):
+    small = dataclasses.replace(small, only="1")
+    reproduce.run(small)
+    (result,) = (small.results / "runs").glob("1-*.json")
+    before = outcomes.read_result(result)["summary"]
+    result.write_text(other := result.read_text().replace('"rotation_accuracy": 0.', '"rotation_accuracy": 0.0'))
+    (run,) = (run for run in reproduce.runs(1, "report") if run.row == "1")
+    with ThreadPoolExecutor(1) as pool:
+        with tables.claimed(small.results):
+            replaced = pool.submit(reproduce.carry_out, run, small)
+            with pytest.raises(TimeoutError):
+                replaced.result(5)
+            assert result.read_text() == other
+        replaced.result()
+    assert outcomes.read_result(result)["summary"] == before
+
+
 def test_a_figure_of_results_that_are_gone_is_removed(tmp_path):
     (tmp_path / "runs").mkdir()
     for path in (outcomes.RESULTS / "runs").glob("3b-classification-seed0.json*"):

@@ -18,9 +18,10 @@ Arrays = dict[str, np.ndarray]  # 'image' u8 [N,H,H,3], 'label' i32 [N]; evaluat
 class Dataset:
     """`train` and `test` are `{'image': u8[N,H,H,3], 'label': i32[N]}`; without `classes` labels are -1, given or not.
 
-    `files` are the names of the test images, where they have some, `train_files` those of the others. Raises DataError for
-    missing labels, arrays of other shapes or dtypes, an empty part, `classes` that are no names, a label that names none of
-    them, or names of another number. Arrays are not copied: leave them as they are.
+    `files` are the names of the test images, where they have some, `train_files` those of the others, forgotten where these
+    are replaced by fewer or more. Raises DataError for missing labels, arrays of other shapes or dtypes, an empty part,
+    `classes` that are no names, a label that names none of them, or `files` of another number. Arrays are not copied: leave
+    them as they are.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Dataset:
         if odd or not isinstance(self.classes, Iterable):
             raise DataError(f"the classes of {self.name} are {self.classes!r}; give a tuple of their names, or () for none")
         object.__setattr__(self, "classes", tuple(map(str, self.classes)))  # which may be numbers
-        for part, names in (("train", "train_files"), ("test", "files")):
+        for part in ("train", "test"):
             arrays, where = getattr(self, part), f"the {part} images of {self.name}"
             try:
                 check_arrays(arrays)
@@ -56,9 +57,12 @@ class Dataset:
             if len(bad):
                 raise DataError(f"{where}: label {label[bad[0]]} of image {bad[0]} is none of {len(self.classes)} classes")
             object.__setattr__(self, part, {"image": np.asarray(image), "label": native(label)})
-            object.__setattr__(self, names, files := tuple(map(str, getattr(self, names))))
-            if files and len(files) != len(label):
-                raise DataError(f"{where} are {len(label):,}, their files {len(files):,}; name each, or none")
+        for names in ("train_files", "files"):
+            object.__setattr__(self, names, tuple(map(str, getattr(self, names))))
+        if self.files and len(self.files) != (count := len(self.test["label"])):
+            raise DataError(f"{self.name} has {count:,} test images and {len(self.files):,} files; name each, or none")
+        if len(self.train_files) != len(self.train["label"]):
+            object.__setattr__(self, "train_files", ())
 
     def facts(self) -> dict:
         """A JSON fingerprint of the data: counts, and a hash of the labels and of up to 2,048 images of each split."""
