@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
@@ -148,14 +147,14 @@ class Recipe:
         default warmup is at most half of them, and ends before the first drop.
         """
         values = presets.REPORT[self.job] | presets.of_dataset(self.dataset)
-        share = values["decay_epochs"] / values["epochs"]
+        drop, usual = values["decay_epochs"], values["epochs"]
         if self.preset == "strong":
             values |= presets.STRONG[self.job]
         if (self.optimizer or values["optimizer"]) == "sgd":
             values |= presets.SGD
             values["learning_rate"] *= (self.batch_size or values["batch_size"]) / presets.SGD_BATCH
         epochs = self.epochs or values["epochs"]
-        values["decay_epochs"] = math.ceil(share * epochs - 1e-9)
+        values["decay_epochs"] = -(-drop * epochs // usual)
         warmups = [values["warmup_epochs"], epochs // 2]
         if (self.schedule or values["schedule"]) == "steps":
             warmups.append((self.decay_epochs or values["decay_epochs"]) - 1)
