@@ -95,6 +95,7 @@ def flip(path):
         lambda folder: (folder / "metadata.json").unlink(),
         lambda folder: (folder / "metadata.json").write_text(""),
         lambda folder: (folder / "metadata.json").write_text("[]"),
+        lambda folder: (folder / "metadata.json").write_text("[" * 100_000),
         lambda folder: (folder / "metadata.json").write_text('{"count": "5", "dropped": {}}'),
         lambda folder: (folder / "metadata.json").write_text('{"count": 5, "dropped": 1}'),
     ],

@@ -42,7 +42,7 @@ def read(folder: Path, image_size: int) -> tuple[Arrays, dict[int, str]] | None:
         if labels.shape != shape[:1] or labels.dtype != np.int32:
             return None
         images = _mapped(path, len(labels), image_size)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return _arrays(images, labels), dropped
 
