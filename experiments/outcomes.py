@@ -16,7 +16,7 @@ from rotjax.workdirs import TOLD
 
 PROBED = ("run", "accuracy", "dataset", "image_size", "train_images", "tested_on", "neighbors", "stages")
 PROBES = ("linear", "neighbors")  # what `experiments.probe` puts on top of features
-NETWORKS = ("random", "trained")  # whose features these are
+WEIGHTS = ("random", "trained")  # whose features these are
 DRAWN = {"backbone", "dataset", "image_size", "classes", "max_steps"}  # fields of a recipe that tables and figures show
 CLONE = Path(__file__).parent / "results"
 RESULTS = CLONE if CLONE.is_dir() else Path("results")  # which an installed package comes without
@@ -128,7 +128,7 @@ def _probe(path: Path) -> dict[str, Any]:
     with checked(path):
         check_numbers(result["accuracy"], result["train_images"])
         for stage in result["stages"]:
-            check_numbers(*(stage[kind][network] for kind in PROBES for network in NETWORKS))
+            check_numbers(*(stage[kind][weights] for kind in PROBES for weights in WEIGHTS))
     return result
 
 

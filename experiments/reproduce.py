@@ -19,7 +19,6 @@ from rotjax.errors import CheckpointError, UsageError, reason
 from rotjax.files import read_rows, write, write_json
 from rotjax.locks import taken
 from rotjax.presets import Preset
-from rotjax.recipe import Classification
 from rotjax.recipe_json import to_json
 from rotjax.workdirs import read_recipe, read_summary
 
@@ -118,7 +117,7 @@ def check_prepared(left: Sequence[Run], data_dir: Path | None) -> None:
 def carry_out(run: Run, settings: Settings) -> None:
     """Trains or resumes `run`, or finds it complete; writes its result, and the tables anew."""
     recipe, workdir = run.recipe, settings.workdirs / run.name
-    if run.after and isinstance(recipe, Classification):
+    if run.after:
         recipe = dataclasses.replace(recipe, pretrained=str(settings.workdirs / run.after.name))
     folder = command.made(settings.results / "runs")
     # Before it trains: later the clone may be at another. What an earlier call completed may be of any.

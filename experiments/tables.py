@@ -12,9 +12,9 @@ from pathlib import Path
 from experiments import command, comparison
 from experiments.flags import ResultsDir
 from experiments.outcomes import (
-    NETWORKS,
     PROBES,
     RESULTS,
+    WEIGHTS,
     Outcome,
     accuracy,
     controls,
@@ -267,12 +267,12 @@ def _probes(probed: Sequence[dict], scores: Mapping[str, float]) -> list[str]:
             f"{one['neighbors']} nearest of {one['train_images']:,} images. random: random weights; trained: those of a run "
             f"with {one['accuracy']:.2f} % at its own task."
         )
-        header = ["stage", "values", *(f"{kind}, {network}" for kind in PROBES for network in NETWORKS)]
+        header = ["stage", "values", *(f"{kind}, {weights}" for kind in PROBES for weights in WEIGHTS)]
         lines = [
             (
                 stage["stage"],
                 stage["values"],
-                *(f"{100 * stage[kind][network]:.2f}" for kind in PROBES for network in NETWORKS),
+                *(f"{100 * stage[kind][weights]:.2f}" for kind in PROBES for weights in WEIGHTS),
             )
             for stage in one["stages"]
         ]

@@ -24,7 +24,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from rotjax import manifests, processes
-from rotjax.errors import CheckpointError, UsageError, in_bytes, reason
+from rotjax.errors import CheckpointError, UsageError, few, in_bytes, reason
 from rotjax.parallel import data_mesh, replicated
 from rotjax.state import TrainState, check_finite
 from rotjax.transfer import joined, part
@@ -130,7 +130,7 @@ def newest(directory: str | Path) -> int | None:
         raise CheckpointError(f"{directory} cannot be read ({reason(error)}); name another workdir") from error
     strays = [name for name in sorted(names) if name.isdigit() and not names & {f"{name}.json", f"{name}.unfinished"}]
     if strays:
-        log.warning(f"no checkpoints for want of a list of their files, left alone: {', '.join(strays[:5])} in {directory}")
+        log.warning(f"no checkpoints for want of a list of their files, left alone: {few(strays)} in {directory}")
     damage = ""
     for step in steps:
         if damage:

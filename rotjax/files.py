@@ -84,9 +84,9 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def digest(path: Path, keep: bool = False) -> str:
-    """SHA-256 of a file; with `keep`, after syncing it to disk."""
+def digest(path: Path, sync: bool = False) -> str:
+    """SHA-256 of a file; with `sync`, once it is on the disk."""
     with open(path, "rb") as file:
-        if keep:
+        if sync:
             os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()

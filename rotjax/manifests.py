@@ -55,7 +55,7 @@ def finish(directory: Path, step: int) -> None:
     """Writes the manifest of the complete `step`, which makes it valid, after syncing all files to disk."""
     folder, unfinished = directory / str(step), directory / f"{step}.unfinished"
     with open(unfinished, "w") as file:
-        json.dump({path: digest(folder / path, keep=True) for path in files(folder)}, file, indent=1)
+        json.dump({path: digest(folder / path, sync=True) for path in files(folder)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     unfinished.rename(directory / f"{step}.json")

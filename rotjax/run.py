@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from rotjax import checkpoints, files, optim, processes, scoring, signals, training, workdirs
 from rotjax import feed as feeds
-from rotjax.data import batches, tasks
+from rotjax.data import batches
 from rotjax.data.augmentation import train_view
 from rotjax.errors import RotjaxError, Stopped, UsageError, check_integer
 from rotjax.feed import Feed, Stream, Where
@@ -78,14 +78,15 @@ def train(
         model, optimizer, begin = _build(plan)
         if first:
             state = checkpoints.restore(saved.directory, first, abstract(jax.eval_shape(over(mesh, begin)), mesh))
-            log.info(f"resuming from step {first} of {plan.steps}")
         else:
             state = begin()
+        for line in _beginning(plan, first, state.variables["params"]):
+            log.info(line)
         with processes.together():
             logged, write = stack.enter_context(workdirs.metrics(workdir, first)) if processes.primary() else ([], _ignore)
         score, elsewhere = scoring.scorer(plan, model, feed, partial(_until, stopping, log_steps)), 0.0
         last: dict | None = None  # the score after an epoch
-        stream = train_stream(plan, feed, mesh, recipe.train_task)
+        stream = train_stream(plan, feed, mesh)
         step = _compiled(plan, feed, mesh, model, optimizer, state, stream)
         placed = stack.enter_context(closing(_placed(plan, feed, mesh, stream, first)))
         trained = training.fit(
@@ -193,25 +194,28 @@ def _build(plan: Plan) -> tuple[Classifier, optax.GradientTransformation, Callab
     recipe = plan.recipe
     model = recipe.model()
     optimizer = optim.OPTIMIZERS[recipe.optimizer](plan.schedule, recipe.weight_decay, recipe.frozen)
-    return model, optimizer, partial(_begun, plan, model, optimizer)
+
+    def begin() -> TrainState:
+        variables = init_variables(model, recipe.seed, recipe.image_size)
+        if plan.backbone is not None:
+            variables = graft(variables, "backbone", plan.backbone)
+        return init_state(optimizer, variables)
+
+    return model, optimizer, begin
 
 
-def _begun(plan: Plan, model: Classifier, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state at step 0: initialise, graft, then the optimizer's state."""
+def _beginning(plan: Plan, first: int, params: dict[str, Any]) -> Iterator[str]:
+    """Yields lines of what a run from step `first` on begins with, and of how much of it trains."""
     recipe = plan.recipe
-    variables = init_variables(model, recipe.seed, recipe.image_size)
-    if plan.backbone is not None:
-        variables = graft(variables, "backbone", plan.backbone)
-        log.info(
-            f"taken from {recipe.pretrained}: the backbone, {len(jax.tree.leaves(plan.backbone))} arrays; new: the head"
-        )
-    labels = jax.tree.leaves(optim.labels(variables["params"], recipe.frozen))
-    sizes = [leaf.size for leaf in jax.tree.leaves(variables["params"])]
+    if first:
+        yield f"resuming from step {first} of {plan.steps}"
+    elif plan.backbone is not None:
+        yield f"taken from {recipe.pretrained}: the backbone, {len(jax.tree.leaves(plan.backbone))} arrays; new: the head"
+    labels, sizes = jax.tree.leaves(optim.labels(params, recipe.frozen)), [leaf.size for leaf in jax.tree.leaves(params)]
     trainable = sum(size for size, label in zip(sizes, labels, strict=True) if label == "trainable")
     statistics = "held" if recipe.held else "moving"
     frozen = f"; frozen: {', '.join(recipe.frozen)}, their statistics {statistics}" if recipe.frozen else ""
-    log.info(f"{recipe.backbone}, {recipe.stem} stem: {trainable:,} of {sum(sizes):,} parameters train{frozen}")
-    return init_state(optimizer, variables)
+    yield f"{recipe.backbone}, {recipe.stem} stem: {trainable:,} of {sum(sizes):,} parameters train{frozen}"
 
 
 def _check_alike(plan: Plan, feed: Feed, log_steps: int) -> None:
@@ -256,11 +260,11 @@ def _save(saved: checkpoints.Checkpoints, state: TrainState) -> None:
         checkpoints.save(saved, state)
 
 
-def train_stream(plan: Plan, feed: Feed, mesh: Mesh, task: tasks.Task) -> Stream:
+def train_stream(plan: Plan, feed: Feed, mesh: Mesh) -> Stream:
     """The batches that `plan` trains on."""
     recipe, data = plan.recipe, plan.data.train
     picks = batches.train_picks(len(data["label"]), recipe.batch_size, plan.steps, seed=recipe.seed)
-    view = partial(train_view, task=task, flip=recipe.flip, cutout=recipe.cutout)
+    view = partial(train_view, task=recipe.train_task, flip=recipe.flip, cutout=recipe.cutout)
     return feed.stream(picks, view, feed.put(data, mesh))
 
 

@@ -115,12 +115,12 @@ def _arrays(builder: Builder, splits: list[str], classes: int, image_size: int, 
         raise DataError(f"the split {splits[counts.index(0)]} of {folder} has no images; name another data set")
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
     begins = [sum(counts[:number]) for number in range(len(counts))]
-    alone = len(splits) == 1
+    tenth_last = len(splits) == 1
 
     def records(start: int) -> Iterator[Record]:
         for split, begin, count in zip(splits, begins, counts, strict=True):
             if start < begin + count:
-                yield from _records(builder, split, classes, image_size, progress, alone, max(start - begin, 0))
+                yield from _records(builder, split, classes, image_size, progress, tenth_last, max(start - begin, 0))
 
     key = f"{fingerprint(str(folder.resolve()), splits, image_size)}-{fingerprint(states)}"
     arrays, _ = decoded(key, sum(counts), image_size, records)

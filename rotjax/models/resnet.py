@@ -18,7 +18,6 @@ class BasicBlock(nn.Module):
     features: int
     stride: int
     dtype: jnp.dtype
-    expansion = 1
 
     @nn.compact
     def __call__(self, x, train):
@@ -37,7 +36,6 @@ class Bottleneck(nn.Module):
     features: int
     stride: int
     dtype: jnp.dtype
-    expansion = 4
 
     @nn.compact
     def __call__(self, x, train):
@@ -47,7 +45,7 @@ class Bottleneck(nn.Module):
         y = relu(normalise(name="norm1")(y))
         y = convolve(self.features, 3, self.stride, name="conv2")(y)
         y = relu(normalise(name="norm2")(y))
-        y = convolve(self.features * self.expansion, 1, name="conv3")(y)
+        y = convolve(4 * self.features, 1, name="conv3")(y)
         y = normalise(name="norm3")(y)
         return relu(y + shortcut(x, y, self.stride, convolve, normalise))
 

@@ -194,10 +194,8 @@ def _max_pool_backward(saved, cotangent):
         window = slice(None), slice(down, down + rows), slice(right, right + columns)
         return jnp.where(place[window] == 3 * row + column, cotangent[window], 0)
 
-    inside = (
-        ((0, 1),),
-        ((0, 2), (1, 0)),
-    )  # an even pixel is in the middle of a window, an odd one ends one and begins the next
+    # An even pixel is in the middle of a window; an odd one ends one, and begins the next: (window, place in it).
+    inside = (((0, 1),), ((0, 2), (1, 0)))
     parts = [
         jnp.stack([sum(share(down, right, i, j) for down, i in row for right, j in column) for column in inside], axis=3)
         for row in inside
