@@ -48,11 +48,13 @@ def _child(log, function, *arguments):
     os._exit(function(*arguments) or 0)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
     """No test reads or writes the user's cache of decoded images."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.delenv("UV", raising=False)  # by which commands say what to type
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.delenv("UV", raising=False)  # by which commands say what to type
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -93,3 +95,24 @@ def images():
         "image": rng.integers(0, 256, (48, 8, 8, 3), dtype=np.uint8),
         "label": np.arange(48, dtype=np.int32) % 3,
     }
+
+
+@pytest.fixture(scope="module")
+def data(images):
+    """The `images` to train on, and 11 to test on."""
+    import rotjax
+
+    rng = np.random.default_rng(1)
+    test = {"image": rng.integers(0, 256, (11, 8, 8, 3), dtype=np.uint8), "label": np.arange(11, dtype=np.int32) % 3}
+    return rotjax.Dataset("noise", ("a", "b", "c"), images, test)
+
+
+@pytest.fixture(scope="module")
+def pretrained(data, tmp_path_factory):
+    """The workdir of a small rotation run on `data`, of 12 steps."""
+    import rotjax
+    from tests.runs import SMALL, carry_out
+
+    workdir = tmp_path_factory.mktemp("runs") / "rotation"
+    carry_out(rotjax.Rotation(**SMALL), data, workdir)
+    return workdir

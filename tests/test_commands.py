@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import warnings
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -21,6 +22,7 @@ from rotjax.data import catalogue
 from rotjax.errors import UsageError
 
 TINY = ["--dataset=digits", "--stem=cifar", "--image_size=8", "--width=4", "--max_steps=4"]
+SHAPE = {"stem": "cifar", "image_size": 8, "width": 4}
 
 
 @pytest.fixture
@@ -41,6 +43,36 @@ def call(monkeypatch, tmp_path, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+def test_a_command_begins_anew_with_huge_pages_where_linux_gives_them_to_who_asks(tmp_path):
+    (tmp_path / "enabled").write_text("always [madvise] never\n")
+    asked = f"experiments.HUGE_PAGES = {str(tmp_path / 'enabled')!r}; experiments._with_huge_pages()"
+    told = "print(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.warnoptions, os.getpid())"
+    words = [sys.executable, "-W", "ignore", "-c", f"import os, sys, experiments; {asked}; {told}", "--one=a b", ""]
+    environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(words, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        said, _ = process.communicate()
+    assert said == f"glibc.malloc.hugetlb=1 ['--one=a b', ''] ['ignore'] {process.pid}\n"
+
+
+def test_a_gpu_that_jax_does_not_use_is_told(monkeypatch, notes):
+    for there in (None, "/usr/bin/nvidia-smi"):
+        monkeypatch.setattr("shutil.which", {"nvidia-smi": there}.get)
+        command.warn_of_idle_gpu()
+    assert notes == ["an NVIDIA GPU is here but JAX runs on the CPU; install jax[cuda12] (uv run --extra cuda12)"]
+
+
+def test_a_command_leaves_a_workdir_that_is_in_use_alone(call, tmp_path):
+    folder = tmp_path / "run"
+    rows = rotjax.train(rotjax.plan(rotjax.Rotation(dataset="digits", max_steps=4, **SHAPE)), folder)
+    with closing(rows):
+        next(rows)
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        code, _, err = call("rotation", *TINY, f"--workdir={folder}")
+        assert code == 6 and err.splitlines()[-1].startswith(f"rotjax: {folder} is in use by process {os.getpid()} on ")
+        assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def test_the_whole_job_on_the_embedded_digits(tmp_path):

@@ -15,6 +15,7 @@ from rotjax import feed as feeds
 from rotjax import optim, scoring, training
 from rotjax.data import tasks
 from rotjax.errors import NonFiniteError, Stopped, UsageError
+from rotjax.models import BasicBlock, Classifier, ResNet
 from rotjax.parallel import data_mesh
 from rotjax.state import TrainState, abstract_variables, init_state, no_sums
 
@@ -38,11 +39,12 @@ def made(stream):
 @pytest.mark.parametrize("task", [tasks.classify, tasks.random_turn, tasks.all_turns])
 @pytest.mark.parametrize(("flip", "cutout", "seed"), [(True, 0.0, 0), (True, 0.4, 2**32 - 1), (False, 1.0, 1)])
 def test_a_batch_made_on_the_device_is_that_of_the_host_to_the_byte(plan, images, task, flip, cutout, seed):
-    recipe = dataclasses.replace(plan.recipe, flip=flip, cutout=cutout, seed=seed)
+    kinds = {tasks.classify: rotjax.Classification, tasks.all_turns: partial(rotjax.Rotation, rotations="all")}
+    recipe = kinds.get(task, rotjax.Rotation)(**SMALL | {"flip": flip, "cutout": cutout, "seed": seed})
     changed = dataclasses.replace(plan, recipe=recipe)
     known = [*rotjax.train_batches(images, task, 9, plan.steps, seed=seed, flip=flip, cutout=cutout)]
     for feed in (HOST, DEVICE):
-        stream = rotjax.run.train_stream(changed, feed, data_mesh(), task)
+        stream = rotjax.run.train_stream(changed, feed, data_mesh())
         assert (stream.data is None) == (feed is HOST)
         for one, other in zip(known, made(stream), strict=True):
             assert one.keys() == other.keys()
@@ -91,14 +93,14 @@ def test_an_accelerator_scores_several_batches_at_once(plan, elsewhere):
 def test_steps_of_one_dispatch_are_the_steps_of_several_to_rounding(plan, elsewhere):
     """In float64, where rounding is far below what a wrong batch or a forgotten sum would do."""
     with jax.enable_x64(True):
-        model = rotjax.create("resnet18", 4, "cifar", width=4, dtype=jax.numpy.float64)
-        optimizer = optim.adamw(optim.piecewise(0.01, [2]))
+        backbone = ResNet(BasicBlock, (1, 1), "cifar", 4, jax.numpy.float64)
+        model, optimizer = Classifier(backbone, 4, dtype=jax.numpy.float64), optim.adamw(optim.piecewise(0.01, [2]))
         variables = jax.tree.map(lambda x: np.asarray(x, np.float64), rotjax.init_variables(model, 0, 8))
         results = []
         for most, feed, loop in ((1, HOST, False), (2, DEVICE, False), (2, HOST, True), (3, DEVICE, True)):
             if loop:
                 elsewhere()
-            stream = rotjax.run.train_stream(plan, feed, data_mesh(), rotjax.random_turn)
+            stream = rotjax.run.train_stream(plan, feed, data_mesh())
             step = training.train_steps(model, optimizer, make=stream.make)
             grouped = rotjax.place(feeds.stacked(stream.elements, feeds.sizes(0, 5, 5, most)), axis=1)
             state, rows, step = init_state(optimizer, variables), [], partial(step, data=stream.data)

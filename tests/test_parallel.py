@@ -28,12 +28,14 @@ batch = {"image": rng.integers(0, 256, (32, 8, 8, 3), dtype=np.uint8), "label": 
 model = rotjax.create("resnet18", 4, "cifar", width=4)
 
 variables = init_variables(model, 0, 8)
-optimizer_of = cache(optax.sgd)
-step_of = cache(lambda mesh, rate: train_step(model, optimizer_of(rate), mesh))  # each is traced once
+optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)  # one program for every rate
+step_of = cache(lambda mesh: train_step(model, optimizer, mesh))  # each is traced once
 
 def trained(mesh, rate, steps, state=None):
-    state = state or init_state(optimizer_of(rate), variables, mesh)
-    step, (placed,) = step_of(mesh, rate), rotjax.place([batch], mesh)
+    state = state or init_state(optimizer, variables, mesh)
+    rates = state.opt_state.hyperparams
+    rates["learning_rate"] = jax.device_put(np.float32(rate), rates["learning_rate"].sharding)
+    step, (placed,) = step_of(mesh), rotjax.place([batch], mesh)
     before = jax.tree.map(np.array, state.variables["params"])
     for _ in range(steps):
         state, metrics = step(state, placed)
@@ -81,20 +83,20 @@ for mesh in meshes:
         checkpoints.save(opened, saved)
     bits = jax.tree.map(np.array, saved)
     for other in meshes:
-        like = init_state(optimizer_of(0.01), other_variables, other)
+        like = init_state(optimizer, other_variables, other)
         restored = checkpoints.restore(opened.directory, 1, like)
         jax.tree.map(np.testing.assert_array_equal, bits, jax.tree.map(np.array, restored))
         moved.append((mesh.size, trained(other, 1.0, 1, restored)[1]))
 moved = [apart([result for size, result in moved if size == mesh.size]) for mesh in meshes]
 weighted = batch | {"weight": np.ones(32, np.float32)}
 (placed,) = rotjax.place([weighted])
-state, step, evaluation = init_state(optimizer_of(1.0), variables), step_of(data_mesh(), 1.0), eval_step(model)
+state, step, evaluation = init_state(optimizer, variables), step_of(data_mesh()), eval_step(model)
 operations = {"trained": [counted(step, state, given) for given in (placed, weighted, jax.device_put(weighted))]}
 operations["evaluated"] = [counted(evaluation, state.variables, given) for given in (placed, weighted)]
 sights = [seen(evaluation)]
 with jax.set_mesh(jax.make_mesh((4,), ("data",))):  # of explicit axes
     sights.append(seen(evaluation))
-    operations["trained"].append(counted(train_step(model, optimizer_of(1.0)), state, weighted))
+    operations["trained"].append(counted(train_step(model, optimizer), state, weighted))
     losses = [eval_step(model)(init_variables(model, 0, 8), weighted)["loss"]]
 alone = jax.shard_map(
     lambda variables, batch: evaluation(variables, batch)["loss"][None],
@@ -111,7 +113,7 @@ except rotjax.errors.UsageError as error:
     refused = str(error)
 other = jax.make_mesh((4,), ("x",))  # of explicit axes, which the step has to be told
 lying = jax.device_put((state, weighted), NamedSharding(other, P()))
-assert abs(counted(train_step(model, optimizer_of(1.0), other), *lying) / operations["trained"][0] - 1) < 1e-4
+assert abs(counted(train_step(model, optimizer, other), *lying) / operations["trained"][0] - 1) < 1e-4
 try:
     counted(step, *lying)
 except rotjax.errors.UsageError as error:

@@ -21,15 +21,36 @@ from rotjax.recipe import Classification, Rotation
 SMALL = dict(dataset="digits", stem="cifar", image_size=8, width=4, batch_size=64, max_steps=3)
 
 
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    """Two rows in place of the report's, and settings that leave everything in `tmp_path`."""
+def short(monkeypatch, folder):
+    """Settings that leave everything in `folder`, with two rows in place of the report's."""
     rotations = Run("1", "rotations", Rotation(**SMALL), published=78.99, band=(78.0, 80.0))
     fields = {name: value for name, value in SMALL.items() if name not in ("stem", "width")}
     both = [rotations, Run("3a", "classes", Classification(**fields), rotations)]
     monkeypatch.setattr(reproduce, "runs", lambda seeds, preset: both)
     monkeypatch.setattr(reproduce, "EPOCH_IMAGES", {"digits": 1438})
-    return reproduce.Settings(workdirs=tmp_path / "work", results=tmp_path / "results", data_note="a note")
+    return reproduce.Settings(workdirs=folder / "work", results=folder / "results", data_note="a note")
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    return short(monkeypatch, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    """Settings with which both rows were carried out."""
+    with pytest.MonkeyPatch.context() as patch:
+        settings = short(patch, tmp_path_factory.mktemp("complete"))
+        reproduce.run(settings)
+    return settings
+
+
+@pytest.fixture
+def copied(small, complete):
+    """`small`, with both rows carried out."""
+    shutil.copytree(complete.workdirs, small.workdirs)
+    shutil.copytree(complete.results, small.results)
+    return small
 
 
 def test_the_committed_tables_are_made_from_the_committed_results():
@@ -208,9 +229,8 @@ def test_a_trial_of_any_length_is_a_result(small, monkeypatch, steps):
     assert one.name == f"1-rotation-first{steps}-seed0" and one.epochs[-1]["step"] == steps
 
 
-def test_a_run_whose_result_was_being_replaced_goes_on(small, monkeypatch):
-    reproduce.run(small)
-    (result,) = (small.results / "runs").glob("1-rotation-*.json")
+def test_a_run_whose_result_was_being_replaced_goes_on(copied, monkeypatch):
+    (result,) = (copied.results / "runs").glob("1-rotation-*.json")
     other = json.loads(result.read_text())
     other["summary"]["wall_seconds"] += 1  # of another training
     result.write_text(json.dumps(other))
@@ -221,20 +241,19 @@ def test_a_run_whose_result_was_being_replaced_goes_on(small, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(reproduce, "write", stopped)
-        reproduce.run(small)
-    reproduce.run(small)
-    assert len(outcomes.load(small.results)) == 2
+        reproduce.run(copied)
+    reproduce.run(copied)
+    assert len(outcomes.load(copied.results)) == 2
 
 
-def test_a_result_of_a_row_that_is_not_there_is_named_in_a_line(small):
-    reproduce.run(small)
-    (result,) = (small.results / "runs").glob("1-rotation-*.json")
+def test_a_result_of_a_row_that_is_not_there_is_named_in_a_line(copied):
+    (result,) = (copied.results / "runs").glob("1-rotation-*.json")
     for path in (result, result.with_suffix(".jsonl")):
         path.rename(path.with_name(path.name.replace("1-", "9-", 1)))
     other = result.with_name(result.name.replace("1-", "9-", 1))
     other.write_text(other.read_text().replace('"row": "1"', '"row": "9"'))
     with pytest.raises(CheckpointError, match="9-rotation-first3-seed0.json is no result of a run .there is no row 9"):
-        reproduce.run(small)
+        reproduce.run(copied)
 
 
 def test_a_result_that_is_damaged_is_told_before_anything_is_trained(small):
@@ -439,16 +458,14 @@ def test_a_result_that_is_damaged_or_there_twice_is_named_in_a_line(tmp_path, sp
             look(tmp_path)
 
 
-def test_a_result_is_replaced_while_nobody_makes_the_page(small, monkeypatch):
-    small = dataclasses.replace(small, only="1")
-    reproduce.run(small)
-    (result,) = (small.results / "runs").glob("1-*.json")
+def test_a_result_is_replaced_while_nobody_makes_the_page(copied):
+    (result,) = (copied.results / "runs").glob("1-*.json")
     before = outcomes.read_result(result)["summary"]
     result.write_text(other := result.read_text().replace('"rotation_accuracy": 0.', '"rotation_accuracy": 0.0'))
     (run,) = (run for run in reproduce.runs(1, "report") if run.row == "1")
     with ThreadPoolExecutor(1) as pool:
-        with tables.claimed(small.results):
-            replaced = pool.submit(reproduce.carry_out, run, small)
+        with tables.claimed(copied.results):
+            replaced = pool.submit(reproduce.carry_out, run, copied)
             with pytest.raises(TimeoutError):
                 replaced.result(5)
             assert result.read_text() == other

@@ -11,11 +11,17 @@ import rotjax
 from rotjax import optim, training
 from rotjax.data import batches, tasks
 from rotjax.errors import NonFiniteError, UsageError
+from rotjax.models import BasicBlock, Classifier, ResNet
 from rotjax.state import TrainState, abstract_variables, init_state, init_variables
 
 
 def small(num_classes=4, **options):
     return rotjax.create("resnet18", num_classes, "cifar", width=4, **options)
+
+
+def tiny(**options):
+    """Two blocks, for what is the same with every network."""
+    return Classifier(ResNet(BasicBlock, (1, 1), "cifar", width=4), 4, **options)
 
 
 def batch(count=16, seed=0, classes=4):
@@ -38,7 +44,7 @@ def test_a_step_is_adamw_on_the_mean_loss_with_decay_on_every_parameter():
         logits, updated = model.apply(variables | {"params": params}, given["image"], train=True, mutable=["batch_stats"])
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), given["label"][:, None], 1).mean(), updated
 
-    (value, updated), gradients = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+    (value, updated), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
     # Adam's first step is the sign of the gradient (g / (|g| + eps)), decoupled decay comes on top
     expected = jax.tree.map(lambda p, g: p - 0.1 * (g / (abs(g) + 1e-8) + 0.5 * p), variables["params"], gradients)
     optimizer = rotjax.adamw(0.1, weight_decay=0.5)
@@ -162,6 +168,29 @@ def test_a_prefix_that_names_nothing_is_refused():
             small(held=(held,))
 
 
+def test_a_hessian_times_a_vector_is_the_gradient_of_a_gradient():
+    with jax.enable_x64(True):
+        model = Classifier(ResNet(BasicBlock, (1, 1), "imagenet", 4, jnp.float64), 4, dtype=jnp.float64)
+        variables = jax.tree.map(lambda x: np.asarray(x, np.float64), init_variables(model, 0, 16))
+        images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+
+        @jax.jit
+        def gradient(params):
+            def loss(params):
+                logits, _ = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
+                return training.cross_entropy(logits, np.arange(4)).mean()
+
+            return jax.grad(loss)(params)
+
+        params, keys = variables["params"], iter(range(100))
+        along = jax.tree.map(lambda x: np.random.default_rng(next(keys)).normal(size=x.shape), params)
+        found = jax.jit(jax.grad(lambda params: optax.tree.vdot(gradient(params), along)))(params)
+        one, other = (gradient(optax.tree.add_scale(params, step, along)) for step in (1e-7, -1e-7))
+        expected = jax.tree.map(lambda a, b: (a - b) / 2e-7, one, other)
+        scale = max(float(abs(x).max()) for x in jax.tree.leaves(expected))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), found, expected)
+
+
 def test_weights_are_drawn_alike_alone_and_within_a_program_of_the_users():
     alone, within = init_variables(small(), 3, 8), jax.jit(lambda: init_variables(small(), 3, 8))()
     for one, other in zip(*map(jax.tree.leaves, (alone, within)), strict=True):
@@ -229,7 +258,7 @@ def test_evaluation_counts_every_image_once_whatever_the_batch_size(images):
     model = small(3)
     variables = init_variables(model, 0, 8)
     step = training.eval_step(model)
-    logits = np.asarray(model.apply(variables, images["image"]))
+    logits = np.asarray(jax.jit(model.apply)(variables, images["image"]))
     loss = float(optax.softmax_cross_entropy_with_integer_labels(logits, images["label"]).mean())
     confusion = np.zeros((3, 3), int)
     np.add.at(confusion, (images["label"], logits.argmax(-1)), 1)
@@ -288,7 +317,7 @@ class Dropped(nn.Module):
 
 
 def test_dropout_of_a_model_of_the_user_s_is_drawn_anew_in_each_step_alike_in_one_dispatch_and_in_several():
-    model, given, still = Dropped(small().backbone), batch(), rotjax.sgd(0.0)
+    model, given, still = Dropped(tiny().backbone), batch(), rotjax.sgd(0.0)
     step, steps = training.train_step(model, still), training.train_steps(model, still)
     states = [init_state(still, init_variables(model, 0, 8)) for _ in range(2)]
     losses = []
@@ -310,7 +339,7 @@ def test_dropout_of_a_model_of_the_user_s_is_drawn_anew_in_each_step_alike_in_on
     ],
 )
 def test_an_optimizer_may_ask_for_the_loss(rule):
-    model = small()
+    model = tiny()
     state = init_state(rule, init_variables(model, 0, 8))
     step, losses = training.train_step(model, rule), []
     for _ in range(5):
@@ -319,8 +348,17 @@ def test_an_optimizer_may_ask_for_the_loss(rule):
     assert losses[-1] < losses[0]
 
 
+def test_an_optimizer_that_asks_for_the_loss_is_given_that_of_the_step():
+    def update(gradients, state, params=None, *, value, **_):
+        return gradients, value
+
+    model, rule = tiny(), optax.GradientTransformationExtraArgs(lambda _: jnp.float32(0), update)
+    state, metrics = training.train_step(model, rule)(init_state(rule, init_variables(model, 0, 8)), batch())
+    assert state.opt_state == metrics["loss"] != 0
+
+
 def test_rows_come_at_log_steps_and_ends_of_epochs():
-    model, optimizer = small(), rotjax.adamw(1e-3)
+    model, optimizer = tiny(), rotjax.adamw(1e-3)
     state = init_state(optimizer, init_variables(model, 0, 8))
     step = training.train_step(model, optimizer)
     given = [batch(seed=t) for t in range(7)]
@@ -334,8 +372,24 @@ def test_rows_come_at_log_steps_and_ends_of_epochs():
     assert int(last.step) == 7 and int(last.sums["count"]) == 16
 
 
+def test_a_loop_that_starts_later_yields_the_rows_that_are_left():
+    model, optimizer = tiny(), rotjax.adamw(1e-3)
+    step, given = training.train_step(model, optimizer), [batch(seed=t) for t in range(7)]
+
+    def rows_of(parts):
+        state, rows = init_state(optimizer, init_variables(model, 0, 8)), []
+        for start, stop in itertools.pairwise(parts):
+            batches = rotjax.place(given[start:stop])
+            fitting = rotjax.fit(step, state, batches, start=start, steps=stop, epoch_steps=4, log_steps=2)
+            for state, new in fitting:  # noqa: B007
+                rows += new
+        return [row for row in rows if row["step"] != 3]  # which ends an epoch where the steps end
+
+    assert rows_of((0, 3, 7)) == rows_of((0, 7))
+
+
 def test_training_goes_on_from_a_state_of_numpys_arrays():
-    model, optimizer = small(), rotjax.adamw(1e-3)
+    model, optimizer = tiny(), rotjax.adamw(1e-3)
     state = init_state(optimizer, init_variables(model, 0, 8))
     step, given = training.train_step(model, optimizer), [batch(seed=t) for t in range(2)]
 
@@ -353,7 +407,7 @@ def test_a_cadence_of_no_steps_is_refused():
 
 
 def test_batches_that_end_before_the_last_step_are_an_error():
-    model, optimizer = small(), rotjax.adamw(1e-3)
+    model, optimizer = tiny(), rotjax.adamw(1e-3)
     state = init_state(optimizer, init_variables(model, 0, 8))
     fitting = rotjax.fit(
         training.train_step(model, optimizer), state, rotjax.place([batch()] * 2), steps=3, epoch_steps=3, log_steps=1
@@ -364,7 +418,7 @@ def test_batches_that_end_before_the_last_step_are_an_error():
 
 
 def test_N1_a_loss_that_is_not_a_number_stops_the_training():
-    model, optimizer = small(), rotjax.adamw(1e30)
+    model, optimizer = tiny(), rotjax.adamw(1e30)
     state = init_state(optimizer, init_variables(model, 0, 8))
     step = training.train_step(model, optimizer)
     with pytest.raises(NonFiniteError, match="not finite at step 1;"):  # said at step 8, with the first row
@@ -374,7 +428,7 @@ def test_N1_a_loss_that_is_not_a_number_stops_the_training():
 
 def test_N1_batch_statistics_that_are_not_finite_stop_the_training():
     """Of pixels a billion times too large: normalised they give a finite loss and finite updates."""
-    model, optimizer = small(std=(1e-25,) * 3), rotjax.adamw(1e-3)
+    model, optimizer = tiny(std=(1e-25,) * 3), rotjax.adamw(1e-3)
     state = init_state(optimizer, init_variables(model, 0, 8))
     state, metrics = training.train_step(model, optimizer)(state, batch())
     assert np.isfinite(metrics["loss"]) and np.isfinite(optax.tree.norm(state.variables["params"]))
@@ -385,7 +439,7 @@ def test_N1_batch_statistics_that_are_not_finite_stop_the_training():
 @pytest.mark.parametrize(("breaks", "std"), [(1, 0.2), (2, 0.2), (0, 1e-25)])
 def test_N1_variables_that_are_not_finite_are_found_in_a_dispatch_of_two_steps(breaks, std):
     """Parameters by the loss of the next step, or after the last one as batch statistics are, which no loss shows."""
-    model, optimizer = small(std=(std,) * 3), rotjax.adamw(lambda step: jnp.where(step + 1 == breaks, jnp.inf, 1e-3))
+    model, optimizer = tiny(std=(std,) * 3), rotjax.adamw(lambda step: jnp.where(step + 1 == breaks, jnp.inf, 1e-3))
     state = init_state(optimizer, init_variables(model, 0, 8))
     (two,) = rotjax.place([jax.tree.map(lambda *arrays: np.stack(arrays), batch(seed=0), batch(seed=1))], axis=1)
     state, metrics = training.train_steps(model, optimizer)(state, two)
@@ -396,10 +450,10 @@ def test_N1_variables_that_are_not_finite_are_found_in_a_dispatch_of_two_steps(b
 
 def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32():
     model, optimizer = small(dtype=jnp.bfloat16), rotjax.adamw(1e-3)
-    state = init_state(optimizer, init_variables(model, 0, 8))
-    state, _ = training.train_step(model, optimizer)(state, batch())
+    state = jax.eval_shape(lambda: init_state(optimizer, init_variables(model, 0, 8)))
+    state, _ = jax.eval_shape(training.train_step(model, optimizer), state, batch())
     assert {x.dtype for x in jax.tree.leaves(state.variables)} == {jnp.dtype("float32")}
-    endpoints = model.apply(state.variables, batch()["image"], method="endpoints")
+    endpoints = jax.eval_shape(lambda: model.apply(init_variables(model, 0, 8), batch()["image"], method="endpoints"))
     assert {name: x.dtype for name, x in endpoints.items()} == {
         **dict.fromkeys(("stem", "stage1", "stage2", "stage3", "stage4"), jnp.dtype("bfloat16")),
         **dict.fromkeys(("features", "logits"), jnp.dtype("float32")),
@@ -431,7 +485,7 @@ def test_a_network_says_which_shape_it_eats(shape):
 
 def test_a_state_has_an_abstract_form():
     """As it takes to restore into: shapes and dtypes, without computing any."""
-    model, optimizer = small(), rotjax.adamw(0.01)
+    model, optimizer = tiny(), rotjax.adamw(0.01)
 
     def state():
         return init_state(optimizer, init_variables(model, 0, 8))
@@ -465,7 +519,7 @@ def test_the_next_batch_is_made_before_anything_is_waited_for_and_none_beyond_th
             drawn.append(number)
             yield batch(seed=number)
 
-    model, optimizer = small(), rotjax.adamw(0.01)
+    model, optimizer = tiny(), rotjax.adamw(0.01)
     state = rotjax.init_state(optimizer, init_variables(model, 0, 8))
     step = rotjax.train_step(model, optimizer)
     fitting = rotjax.fit(step, state, rotjax.place(given()), steps=4, epoch_steps=4, log_steps=1)

@@ -1,0 +1,37 @@
+"""Small runs that several tests carry out."""
+
+import json
+
+import jax
+import numpy as np
+
+import rotjax
+
+SMALL = dict(stem="cifar", width=4, batch_size=8, epochs=2, seed=1)
+
+
+def carry_out(recipe, data, workdir, **options):
+    plan = rotjax.plan(recipe, data=data)
+    return list(rotjax.train(plan, workdir, log_steps=2, **options))
+
+
+def summary(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def arrays(workdir):
+    return [np.asarray(x) for x in jax.tree.leaves(rotjax.load(workdir)[1])]
+
+
+def noise():
+    """A plan of 96 steps."""
+    rng = np.random.default_rng(0)
+    images = [{"image": rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8), "label": np.zeros(n, int)} for n in (64, 8)]
+    recipe = rotjax.Rotation(stem="cifar", width=4, batch_size=8, epochs=12)
+    return rotjax.plan(recipe, data=rotjax.Dataset("noise", ("a",), *images))
+
+
+def work(connection, workdir, checkpoint_seconds=0.0):
+    """A run of 96 steps that tells its rows."""
+    for row in rotjax.train(noise(), workdir, log_steps=3, checkpoint_seconds=checkpoint_seconds):
+        connection.send(row["step"])
