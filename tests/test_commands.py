@@ -48,13 +48,15 @@ def call(monkeypatch, tmp_path, capsys):
 def test_a_command_begins_anew_with_huge_pages_where_linux_gives_them_to_who_asks(tmp_path):
     (tmp_path / "enabled").write_text("always [madvise] never\n")
     asked = f"experiments.HUGE_PAGES = {str(tmp_path / 'enabled')!r}; experiments._with_huge_pages()"
+    begun = "print('begun', flush=True)"
     told = "print(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.warnoptions, os.getpid())"
-    words = [sys.executable, "-W", "ignore", "-c", f"import os, sys, experiments; {asked}; {told}", "--one=a b", ""]
+    words = [sys.executable, "-W", "ignore", "-c", f"import os, sys, experiments; {begun}; {asked}; {told}"]
+    words += ["--one=a b", ""]
     environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
     root = Path(__file__).parents[1]
     with subprocess.Popen(words, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) as process:
         said, _ = process.communicate()
-    assert said == f"glibc.malloc.hugetlb=1 ['--one=a b', ''] ['ignore'] {process.pid}\n"
+    assert said == f"begun\nbegun\nglibc.malloc.hugetlb=1 ['--one=a b', ''] ['ignore'] {process.pid}\n"
 
 
 def test_a_gpu_that_jax_does_not_use_is_told(monkeypatch, notes):
@@ -62,6 +64,9 @@ def test_a_gpu_that_jax_does_not_use_is_told(monkeypatch, notes):
         monkeypatch.setattr("shutil.which", {"nvidia-smi": there}.get)
         command.warn_of_idle_gpu()
     assert notes == ["an NVIDIA GPU is here but JAX runs on the CPU; install jax[cuda12] (uv run --extra cuda12)"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    command.warn_of_idle_gpu()
+    assert len(notes) == 1
 
 
 def test_a_command_leaves_a_workdir_that_is_in_use_alone(call, tmp_path):

@@ -24,10 +24,7 @@ HOST, DEVICE = (feeds.Feed(where, 1, 0) for where in ("host", "device"))
 
 
 @pytest.fixture(scope="module")
-def plan(images):
-    rng = np.random.default_rng(1)
-    test = {"image": rng.integers(0, 256, (11, 8, 8, 3), dtype=np.uint8), "label": np.arange(11, dtype=np.int32) % 3}
-    data = rotjax.Dataset("noise", ("a", "b", "c"), images, test)
+def plan(data):
     return rotjax.plan(rotjax.Rotation(**SMALL), data=data)
 
 

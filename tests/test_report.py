@@ -330,11 +330,6 @@ def test_what_to_do_is_shortened_last():
     assert short.endswith(f"aaa is not there; {remedy}") and len(short) in (289, 290)
 
 
-def test_the_library_does_not_load_matplotlib():
-    program = "import sys, rotjax; sys.exit('matplotlib' in sys.modules or 'tqdm' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True)
-
-
 @pytest.mark.parametrize(("count", "shape"), [(4, (8, 32)), (8, (8, 64)), (12, (16, 64)), (20, (24, 64))])
 def test_every_filter_is_drawn(count, shape):
     kernels = np.zeros((7, 7, 3, count))

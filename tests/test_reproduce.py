@@ -33,6 +33,7 @@ def short(monkeypatch, folder):
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
+    """Two rows in place of the report's, of which none is carried out."""
     return short(monkeypatch, tmp_path)
 
 
