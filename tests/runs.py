@@ -1,11 +1,15 @@
 """Small runs that several tests carry out."""
 
 import json
+from contextlib import contextmanager
+from functools import partial
+from unittest.mock import patch
 
 import jax
 import numpy as np
 
 import rotjax
+from rotjax.models import BACKBONES, BasicBlock, ResNet
 
 SMALL = dict(stem="cifar", width=4, batch_size=8, epochs=2, seed=1)
 
@@ -31,6 +35,14 @@ def noise():
     return rotjax.plan(recipe, data=rotjax.Dataset("noise", ("a",), *images))
 
 
+@contextmanager
+def thin():
+    """Two of ResNet18's blocks, for what begins in many processes: each traces the network anew."""
+    with patch.dict(BACKBONES, resnet18=partial(ResNet, BasicBlock, (1, 1))):
+        yield
+
+
+@thin()
 def work(connection, workdir, checkpoint_seconds=0.0):
     """A run of 96 steps that tells its rows."""
     for row in rotjax.train(noise(), workdir, log_steps=3, checkpoint_seconds=checkpoint_seconds):

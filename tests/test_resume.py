@@ -17,7 +17,7 @@ import pytest
 import rotjax
 from experiments import command
 from rotjax.errors import CheckpointError, DataError, Stopped, UsageError
-from tests.runs import SMALL, arrays, carry_out, noise, summary, work
+from tests.runs import SMALL, arrays, carry_out, noise, summary, thin, work
 
 
 @pytest.mark.parametrize("kind", [rotjax.Rotation, rotjax.Classification])
@@ -196,6 +196,7 @@ def undisturbed(start, workdir, *options):
     assert process.exitcode == 0
 
 
+@thin()
 def same(one, other):
     """Whether two runs left the same metrics and the same bits, the optimizer's too."""
     assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
@@ -268,6 +269,7 @@ def test_R11_another_cadence_changes_no_bit(pretrained, data, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@thin()
 def both(connection, folder, point):
     """A pretraining of 12 steps and a transfer of 12, which go on where they stopped, and wait at `point` to be killed."""
 
@@ -287,6 +289,7 @@ def both(connection, folder, point):
         reached("transfer", row["step"])
 
 
+@thin()
 def test_R14_killed_before_and_in_the_transfer_it_ends_with_the_same_bits(start, tmp_path):
     for folder, points in {"killed": (("between", 0), ("transfer", 6), None), "whole": (None,)}.items():
         for point in points:

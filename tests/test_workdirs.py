@@ -25,7 +25,7 @@ import rotjax
 from experiments import command
 from rotjax import locks
 from rotjax.errors import CheckpointError, DataError, InUseError, UsageError
-from tests.runs import SMALL, arrays, carry_out, noise, work
+from tests.runs import SMALL, arrays, carry_out, noise, thin, work
 
 
 def test_a_workdir_of_a_user_that_is_not_there_is_refused(data):
@@ -262,7 +262,7 @@ def test_F1_the_lock_of_a_process_that_died_is_taken_over_and_it_is_said(start, 
     connection.recv()
     process.kill()
     process.join()
-    with closing(rotjax.train(noise(), tmp_path / "run", log_steps=3)) as running:
+    with thin(), closing(rotjax.train(noise(), tmp_path / "run", log_steps=3)) as running:
         next(running)
     died = f"process {process.pid} on {socket.gethostname()}"
     assert notes.count(f"taking {tmp_path / 'run'} over from {died}, which died") == 1
@@ -302,12 +302,19 @@ def test_F3_a_workdir_that_cannot_be_made_is_refused_before_anything_compiles(st
         assert process.exitcode == code and str(open_folder / name / "run") in line and len(line) < 300, line
 
 
+def unwritten(workdir):
+    """Waits until no save is under way: Orbax writes to the path that it was given, and makes its folders."""
+    while list(workdir.glob("checkpoints/*.unfinished")):
+        time.sleep(0.01)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of TensorStore's threads, see `quiet`
 @pytest.mark.parametrize("replaced", [False, True])
 def test_F3_a_workdir_that_is_moved_away_during_the_run_ends_it_in_a_line(data, tmp_path, replaced):
     with pytest.raises(CheckpointError) as caught:
         for row in rotjax.train(rotjax.plan(rotjax.Rotation(**SMALL), data=data), tmp_path / "run", checkpoint_seconds=0.0):
             if row["step"] == 6:
+                unwritten(tmp_path / "run")
                 (tmp_path / "run").rename(tmp_path / "elsewhere")
                 if replaced:
                     (tmp_path / "run").write_text("a file")
@@ -326,8 +333,7 @@ def test_F1_a_run_whose_workdir_became_another_run_s_leaves_that_one_alone(data,
             )
             for row in rows:
                 if row["step"] == step and workdir.exists() and not (tmp_path / "elsewhere").exists():
-                    while list(workdir.glob("checkpoints/*.unfinished")):  # Orbax writes to the path that it was given
-                        time.sleep(0.01)
+                    unwritten(workdir)
                     workdir.rename(tmp_path / "elsewhere")
                     other = rotjax.plan(rotjax.Rotation(**(SMALL | {"seed": 2})), data=data)
                     stack.enter_context(rotjax.workdirs.claimed(workdir, other.recipe, other.data, None))
