@@ -21,8 +21,8 @@ from rotjax import processes
 from rotjax.data import catalogue
 from rotjax.errors import UsageError
 
-TINY = ["--dataset=digits", "--stem=cifar", "--image_size=8", "--width=4", "--max_steps=4"]
-SHAPE = {"stem": "cifar", "image_size": 8, "width": 4}
+SMALL = {"dataset": "digits", "stem": "cifar", "image_size": 8, "width": 4, "max_steps": 4}
+TINY = [f"--{name}={value}" for name, value in SMALL.items()]
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_gpu_that_jax_does_not_use_is_told(monkeypatch, notes):
 
 def test_a_command_leaves_a_workdir_that_is_in_use_alone(call, tmp_path):
     folder = tmp_path / "run"
-    rows = rotjax.train(rotjax.plan(rotjax.Rotation(dataset="digits", max_steps=4, **SHAPE)), folder)
+    rows = rotjax.train(rotjax.plan(rotjax.Rotation(**SMALL)), folder)
     with closing(rows):
         next(rows)
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

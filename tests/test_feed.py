@@ -15,9 +15,9 @@ from rotjax import feed as feeds
 from rotjax import optim, scoring, training
 from rotjax.data import tasks
 from rotjax.errors import NonFiniteError, Stopped, UsageError
-from rotjax.models import BasicBlock, Classifier, ResNet
 from rotjax.parallel import data_mesh
 from rotjax.state import TrainState, abstract_variables, init_state, no_sums
+from tests.runs import tiny
 
 SMALL = dict(stem="cifar", width=4, batch_size=9, epochs=2, seed=1)  # epochs of 5 steps
 HOST, DEVICE = (feeds.Feed(where, 1, 0) for where in ("host", "device"))
@@ -90,8 +90,7 @@ def test_an_accelerator_scores_several_batches_at_once(plan, elsewhere):
 def test_steps_of_one_dispatch_are_the_steps_of_several_to_rounding(plan, elsewhere):
     """In float64, where rounding is far below what a wrong batch or a forgotten sum would do."""
     with jax.enable_x64(True):
-        backbone = ResNet(BasicBlock, (1, 1), "cifar", 4, jax.numpy.float64)
-        model, optimizer = Classifier(backbone, 4, dtype=jax.numpy.float64), optim.adamw(optim.piecewise(0.01, [2]))
+        model, optimizer = tiny(dtype=jax.numpy.float64), optim.adamw(optim.piecewise(0.01, [2]))
         variables = jax.tree.map(lambda x: np.asarray(x, np.float64), rotjax.init_variables(model, 0, 8))
         results = []
         for most, feed, loop in ((1, HOST, False), (2, DEVICE, False), (2, HOST, True), (3, DEVICE, True)):

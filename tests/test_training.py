@@ -11,17 +11,12 @@ import rotjax
 from rotjax import optim, training
 from rotjax.data import batches, tasks
 from rotjax.errors import NonFiniteError, UsageError
-from rotjax.models import BasicBlock, Classifier, ResNet
 from rotjax.state import TrainState, abstract_variables, init_state, init_variables
+from tests.runs import tiny
 
 
 def small(num_classes=4, **options):
     return rotjax.create("resnet18", num_classes, "cifar", width=4, **options)
-
-
-def tiny(**options):
-    """Two blocks, for what is the same with every network."""
-    return Classifier(ResNet(BasicBlock, (1, 1), "cifar", width=4), 4, **options)
 
 
 def batch(count=16, seed=0, classes=4):
@@ -170,9 +165,9 @@ def test_a_prefix_that_names_nothing_is_refused():
 
 def test_a_hessian_times_a_vector_is_the_gradient_of_a_gradient():
     with jax.enable_x64(True):
-        model = Classifier(ResNet(BasicBlock, (1, 1), "imagenet", 4, jnp.float64), 4, dtype=jnp.float64)
+        model, rng = tiny("imagenet", dtype=jnp.float64), np.random.default_rng(0)
         variables = jax.tree.map(lambda x: np.asarray(x, np.float64), init_variables(model, 0, 16))
-        images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+        images = rng.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
 
         @jax.jit
         def gradient(params):
@@ -182,8 +177,8 @@ def test_a_hessian_times_a_vector_is_the_gradient_of_a_gradient():
 
             return jax.grad(loss)(params)
 
-        params, keys = variables["params"], iter(range(100))
-        along = jax.tree.map(lambda x: np.random.default_rng(next(keys)).normal(size=x.shape), params)
+        params = variables["params"]
+        along = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
         found = jax.jit(jax.grad(lambda params: optax.tree.vdot(gradient(params), along)))(params)
         one, other = (gradient(optax.tree.add_scale(params, step, along)) for step in (1e-7, -1e-7))
         expected = jax.tree.map(lambda a, b: (a - b) / 2e-7, one, other)
